@@ -1,0 +1,153 @@
+"""Multi-Agent MuJoCo: one robot's flat observation and action, and a partition of them among agents.
+
+`make_vec("HalfCheetah-6x1", num_envs=16)` returns a `gymnasium.vector.VectorEnv` with a `.partition`.
+"""
+
+import contextlib
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import gymnasium as gym
+import mujoco
+from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+from envs import models, tasks
+from envs.partition import (
+    ACTUATORS_PER_SEGMENT,
+    NAMED_PARTITIONS,
+    Partition,
+    make_partition,
+    parse_actuator_lists,
+    parse_partition,
+)
+
+__all__ = ["ENV_IDS", "NAMED_PARTITIONS", "ROBOTS", "Partition", "make_partition", "make_vec", "parse_partition"]
+
+# Robot -> (Gymnasium id: the source of weights, ranges, reset and time limit; the task on mujoco.batch).
+ROBOTS: dict[str, tuple[str, type[tasks.MujocoVectorEnv]]] = {
+    "HalfCheetah": ("HalfCheetah-v5", tasks.HalfCheetah),
+    "Ant": ("Ant-v5", tasks.Ant),
+    "Hopper": ("Hopper-v5", tasks.Hopper),
+    "Walker2d": ("Walker2d-v5", tasks.Walker2d),
+    "Humanoid": ("Humanoid-v5", tasks.Humanoid),
+    "HumanoidStandup": ("HumanoidStandup-v5", tasks.HumanoidStandup),
+    "Swimmer": ("Swimmer-v5", tasks.HalfCheetah),
+    "Reacher": ("Reacher-v5", tasks.Reacher),
+    "Pusher": ("Pusher-v5", tasks.Pusher),
+    "ManySegmentSwimmer": ("Swimmer-v5", tasks.HalfCheetah),
+    "ManySegmentAnt": ("Ant-v5", tasks.Ant),
+    "CoupledHalfCheetah": ("HalfCheetah-v5", tasks.CoupledHalfCheetah),
+}
+# Robots whose model is not Gymnasium's. The first two have as many segments as the partition asks for.
+SEGMENTED: dict[str, Callable[[int], MujocoEnv]] = {
+    "ManySegmentSwimmer": models.ManySegmentSwimmerEnv,
+    "ManySegmentAnt": models.ManySegmentAntEnv,
+}
+
+# The environments of the papers' figures and one of each other kind. Any other partition that fits works as well.
+ENV_IDS = (
+    *("Ant-2x4", "Ant-2x4d", "Ant-4x2", "Ant-8x1", "HalfCheetah-2x3", "HalfCheetah-3x2", "HalfCheetah-6x1"),
+    *("Hopper-3x1", "Walker2d-2x3", "Walker2d-3x2", "Walker2d-6x1", "Humanoid-17x1", "Humanoid-9|8"),
+    *("HumanoidStandup-17x1", "ManySegmentSwimmer-10x2", "ManySegmentAnt-2x3", "Swimmer-2x1", "Reacher-2x1"),
+    *("Pusher-3p", "CoupledHalfCheetah-1p1"),
+)
+
+
+def make_vec(
+    env_id: str,
+    num_envs: int,
+    agent_obsk: int | None = None,
+    num_threads: int = 0,
+    partition: str | Sequence[Sequence[int]] | None = None,
+) -> VectorEnv:
+    """Make `num_envs` environments of one robot, split among agents.
+
+    Args:
+        env_id: "<Robot>-<partition>", such as "HalfCheetah-6x1", "Ant-2x4d" or "Ant-[[0,1,2,3],[4,5,6,7]]". <Robot> is
+            one of `ROBOTS`, or any Gymnasium id of a `MujocoEnv` ("Ant-v4", "my_module:MyRobot-v0"), which then runs on
+            Gymnasium's own, slower vectorisation.
+        num_envs: number of environments.
+        agent_obsk: what an agent sees: None for the whole state, k >= 0 for its own joints, the root and the positions
+            of joints up to k edges away.
+        num_threads: threads that step the physics, 0 for one per CPU. Results do not depend on it.
+        partition: the partition, when `env_id` is the robot alone.
+
+    Returns:
+        A vector environment over flat observations float64 [num_envs, obs_dim] and actions [num_envs, act_dim], with
+        SAME_STEP autoreset, episode statistics under `infos["episode"]`, the index arrays as `.partition` and, for
+        `ROBOTS`, the simulations as `.batch`.
+
+    Raises:
+        ValueError: in one line, when something in the arguments is unknown or does not fit.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
+    if num_threads < 0:
+        raise ValueError(f"num_threads is {num_threads}: it must be 0 (one per CPU) or more")
+    robot, _, text = (env_id, "-", partition) if partition is not None else env_id.rpartition("-")
+    if robot not in ROBOTS:
+        return _make_gymnasium_vec(robot, text, num_envs, agent_obsk)
+    gym_id, task = ROBOTS[robot]
+    with _quiet_compiler():
+        env = _make_task_env(robot, text)
+    act_ids = parse_partition(robot, text, env.model.nu)
+    physics = task(env, num_envs, gym.spec(gym_id).max_episode_steps, num_threads)
+    vec = RecordEpisodeStatistics(physics)
+    vec.partition = make_partition(env.model, act_ids, physics.obs_entries, agent_obsk)
+    vec.batch = physics.batch
+    return vec
+
+
+@contextlib.contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Keep MuJoCo's remarks on Gymnasium's own model files (deprecated attributes) from the screen and its log file."""
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        mujoco.set_mju_user_warning(handler)
+
+
+def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> MujocoEnv:
+    """Gymnasium's environment object of one of `ROBOTS`; the partition says how many segments the many-segment ones get."""
+    if robot == "CoupledHalfCheetah":
+        return models.CoupledHalfCheetahEnv()
+    if robot not in SEGMENTED:
+        return gym.make(ROBOTS[robot][0]).unwrapped
+    if isinstance(partition, str) and (sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", partition)):
+        return SEGMENTED[robot](int(sizes[1]) * int(sizes[2]))
+    lists = parse_actuator_lists(partition)
+    return SEGMENTED[robot](sum(map(len, lists)) // ACTUATORS_PER_SEGMENT.get(robot, 1))
+
+
+def _make_gymnasium_vec(
+    gym_id: str, partition: str | Sequence[Sequence[int]], num_envs: int, agent_obsk: int | None
+) -> VectorEnv:
+    """`make_vec` for any other Gymnasium MuJoCo environment, on Gymnasium's own vectorisation.
+
+    Raises:
+        ValueError: when it is unknown, not a `MujocoEnv`, or its observation is not flat.
+    """
+    try:
+        env = gym.make(gym_id).unwrapped
+    except (gym.error.Error, ModuleNotFoundError) as e:
+        env_id = f"{gym_id}-{partition}" if gym_id else str(partition)
+        known = {known.lower(): known for known in (*ENV_IDS, *(f"{robot}-<partition>" for robot in ROBOTS))}
+        near = [known[n] for n in difflib.get_close_matches(env_id.lower(), known, n=4, cutoff=0.4)] or ENV_IDS
+        raise ValueError(f"unknown env_id {env_id!r}; did you mean {', '.join(near)}? ({type(e).__name__})") from e
+    if not isinstance(env, MujocoEnv) or len(env.observation_space.shape or ()) != 1:
+        raise ValueError(f"{gym_id} is not a Gymnasium MujocoEnv with a flat observation, so it cannot be partitioned")
+    act_ids = parse_partition(gym_id, partition, env.model.nu)
+    unknown = [("global", 0)] * env.observation_space.shape[0]
+    entries = unknown if agent_obsk is None else tasks.observation_entries(env)
+    vec = gym.make_vec(gym_id, num_envs, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+    vec = RecordEpisodeStatistics(vec)
+    vec.partition = make_partition(env.model, act_ids, entries, agent_obsk)
+    return vec

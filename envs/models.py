@@ -1,0 +1,118 @@
+"""The robots that Gymnasium does not have, as MaMuJoCo defines them, built with MuJoCo's `MjSpec`.
+
+Each is one of Gymnasium's own environments with another model, so that its weights, ranges and reset stay Gymnasium's.
+Source of the models: Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco (many_segment_swimmer.py, many_segment_ant.py,
+coupled_half_cheetah.py and their assets); `tests/test_models.py` compares the compiled models with it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium.envs.mujoco
+import mujoco
+from gymnasium.envs.mujoco.ant_v5 import AntEnv
+from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+from gymnasium.envs.mujoco.swimmer_v5 import SwimmerEnv
+
+ASSETS = Path(gymnasium.envs.mujoco.__file__).parent / "assets"
+HINGE, CAPSULE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtGeom.mjGEOM_CAPSULE
+
+
+def many_segment_swimmer(num_segments: int) -> mujoco.MjModel:
+    """Compile Gymnasium's Swimmer with `num_segments` (2 or more) actuated joints instead of two."""
+    spec = mujoco.MjSpec.from_file(str(ASSETS / "swimmer.xml"))
+    body = spec.body("back")
+    for i in range(2, num_segments):
+        # The sign of every second axis is flipped, except the last's, as in MaMuJoCo.
+        sign = -1 if i % 2 == 0 and i < num_segments - 1 else 1
+        body = body.add_body(name=f"back{i}", pos=[-1, 0, 0])
+        body.add_geom(type=CAPSULE, fromto=[0, 0, 0, -1, 0, 0], size=[0.1, 0, 0], density=1000)
+        body.add_joint(name=f"motor{i + 1}_rot", type=HINGE, axis=[0, 0, sign], limited=True, range=[-100, 100])
+        motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=f"motor{i + 1}_rot", gear=[150] + [0] * 5)
+        motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
+    return spec.compile()
+
+
+def many_segment_ant(num_segments: int) -> mujoco.MjModel:
+    """Compile Gymnasium's Ant with a rigid spine of `num_segments` segments, each with a left and a right leg."""
+    spec = mujoco.MjSpec.from_file(str(ASSETS / "ant.xml"))
+    torso = spec.body("torso")
+    for part in [*spec.actuators, *torso.bodies, *torso.geoms]:
+        spec.delete(part)
+
+    def add_leg(name: str, stub: list, out: list, ankle_axis: list, ankle_range: list) -> None:
+        """One leg: a stub fixed to the torso, the hip, then the ankle; `stub` and `out` are the limbs' directions."""
+        leg = torso.add_body()
+        leg.add_geom(type=CAPSULE, fromto=[0, 0, 0, *stub], size=[0.08, 0, 0])
+        hip = leg.add_body(pos=stub)
+        hip.add_joint(name=f"hip{name}", type=HINGE, axis=[0, 0, 1], range=[-30, 30])
+        hip.add_geom(type=CAPSULE, fromto=[0, 0, 0, *out], size=[0.08, 0, 0])
+        ankle = hip.add_body(pos=out)
+        ankle.add_joint(name=f"ankle{name}", type=HINGE, axis=ankle_axis, range=ankle_range)
+        ankle.add_geom(type=CAPSULE, fromto=[0, 0, 0, *(2 * x for x in out)], size=[0.08, 0, 0])
+        for joint in (f"hip{name}", f"ankle{name}"):
+            motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint, gear=[150] + [0] * 5)
+            motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
+
+    add_leg("1_0", [0.2, 0.2, 0], [0.2, 0.2, 0], [-1, 1, 0], [30, 70])
+    add_leg("2_0", [0.2, -0.2, 0], [0.2, -0.2, 0], [1, 1, 0], [30, 70])
+    for i in range(1, num_segments):
+        torso = torso.add_body(name=f"torso_{i}", pos=[-1, 0, 0])
+        torso.add_geom(type=CAPSULE, fromto=[1, 0, 0, 0, 0, 0], size=[0.1, 0, 0], density=100)
+        add_leg(f"1_{i}", [0, 0.2, 0], [-0.2, 0.2, 0], [1, 1, 0], [-70, -30])
+        add_leg(f"2_{i}", [0, -0.2, 0], [-0.2, -0.2, 0], [-1, 1, 0], [-70, -30])
+    return spec.compile()
+
+
+def coupled_half_cheetah() -> mujoco.MjModel:
+    """Compile two of Gymnasium's HalfCheetahs side by side, their torsos tied by an elastic tendon."""
+    asset = str(ASSETS / "half_cheetah.xml")
+    spec = mujoco.MjSpec.from_file(asset)
+    spec.delete(spec.body("torso"))
+    tendon = spec.add_tendon(name="tendon0", limited=True, range=[1.5, 3.5], stiffness=[0.1, 0, 0], width=0.05)
+    tendon.rgba = [0.95, 0.3, 0.3, 1]
+    for i, y in enumerate((-1, 1)):
+        torso = mujoco.MjSpec.from_file(asset).body("torso")
+        torso.pos[1] = y
+        torso.add_site(name="t", size=[0.1, 0.005, 0.005])
+        spec.worldbody.add_frame().attach_body(torso, "", str(i))
+        tendon.wrap_site(f"t{i}")
+    model = spec.compile()
+    mujoco.mj_setTotalmass(model, 14)
+    return model
+
+
+class ManySegmentSwimmerEnv(SwimmerEnv):
+    """Swimmer-v5 with more segments."""
+
+    def __init__(self, num_segments: int = 6, **kwargs: Any) -> None:
+        """Build the environment; `kwargs` are Swimmer-v5's. Raises ValueError for fewer than 2 segments."""
+        if num_segments < 2:
+            raise ValueError("ManySegmentSwimmer needs at least 2 segments")
+        self.num_segments = num_segments
+        super().__init__(**kwargs)
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        model = many_segment_swimmer(self.num_segments)
+        return model, mujoco.MjData(model)
+
+
+class ManySegmentAntEnv(AntEnv):
+    """Ant-v5 with a spine of several segments."""
+
+    def __init__(self, num_segments: int = 6, **kwargs: Any) -> None:
+        """Build the environment; `kwargs` are Ant-v5's."""
+        self.num_segments = num_segments
+        super().__init__(**kwargs)
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        model = many_segment_ant(self.num_segments)
+        return model, mujoco.MjData(model)
+
+
+class CoupledHalfCheetahEnv(HalfCheetahEnv):
+    """HalfCheetah-v5's weights and reset on the two tied cheetahs; the task itself is in `tasks.py`."""
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        model = coupled_half_cheetah()
+        return model, mujoco.MjData(model)

@@ -1,0 +1,199 @@
+"""Which actuators each agent drives, and which entries of the flat observation it sees.
+
+A partition is index arrays and nothing else: agent i sees `obs[:, partition.obs_ids[i]]` and writes
+`actions[:, partition.act_ids[i]]`. Both are derived from the compiled `mjModel`.
+"""
+
+import json
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+# One entry of a flat observation: the mjData field that it is read from and its row there (a joint, a degree of freedom
+# or a body), e.g. ("qvel", 3). ("global", 0) is an entry that belongs to no joint: every agent sees it.
+ObsEntry = tuple[str, int]
+
+# Partitions whose meaning is not "N agents, each M consecutive actuators". Source of the first four: MaMuJoCo
+# (Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco/obsk.py, get_parts_and_edges). Ant's actuators are, in order, the
+# hips and ankles of the back right, front left, front right and back left leg.
+NAMED_PARTITIONS: dict[str, dict[str, list[list[int]]]] = {
+    "Ant": {
+        "2x4": [[2, 3, 4, 5], [6, 7, 0, 1]],  # front legs, back legs
+        "2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]],  # the two diagonals
+    },
+    "Humanoid": {"9|8": [[0, 1, 2, 11, 12, 13, 14, 15, 16], [3, 4, 5, 6, 7, 8, 9, 10]]},  # upper body, lower body
+    "Pusher": {"3p": [[0, 1, 2], [3], [4, 5, 6]]},  # shoulder, elbow, wrist
+    "CoupledHalfCheetah": {"1p1": [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]},  # one cheetah each
+}
+NAMED_PARTITIONS["Humanoid"]["9p8"] = NAMED_PARTITIONS["Humanoid"]["9|8"]  # the same without a shell quote
+NAMED_PARTITIONS["HumanoidStandup"] = NAMED_PARTITIONS["Humanoid"]
+
+# In NxM, M counts actuators, except for these robots, where it counts segments of this many actuators.
+ACTUATORS_PER_SEGMENT = {"ManySegmentAnt": 4}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The split of one robot among agents, as index arrays.
+
+    Attributes:
+        obs_ids: for each agent, the entries of the flat observation that it sees, ascending, int64 [obs_dim_i].
+        act_ids: for each agent, the actuators that it drives, in the order of its own action vector, int64 [act_dim_i].
+    """
+
+    obs_ids: tuple[np.ndarray, ...]
+    act_ids: tuple[np.ndarray, ...]
+
+    @property
+    def num_agents(self) -> int:
+        """Number of agents."""
+        return len(self.act_ids)
+
+
+def parse_partition(robot: str, partition: str | Sequence[Sequence[int]], num_actuators: int) -> list[list[int]]:
+    """Turn a partition, written as text or as lists, into one list of actuator indices per agent.
+
+    Args:
+        robot: the robot's name, for the named partitions.
+        partition: "NxM", a name in `NAMED_PARTITIONS`, or lists such as [[0, 3], [1, 2]] (also as JSON text).
+        num_actuators: number of actuators of the compiled model.
+
+    Raises:
+        ValueError: when the partition is unknown, or does not use every actuator exactly once.
+    """
+    named = NAMED_PARTITIONS.get(robot, {})
+    if not isinstance(partition, str) or partition.startswith("["):
+        act_ids = parse_actuator_lists(partition)
+        if not all(act_ids) or sorted(a for agent in act_ids for a in agent) != list(range(num_actuators)):
+            raise ValueError(f"partition {partition} must use each actuator of {robot}, 0 to {num_actuators - 1}, once")
+        return act_ids
+    if partition in named:
+        return named[partition]
+    size = ACTUATORS_PER_SEGMENT.get(robot, 1)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", partition)
+    if match is None or int(match[1]) * int(match[2]) * size != num_actuators:
+        count = num_actuators // size
+        fitting = [f"{n}x{count // n}" for n in range(1, count + 1) if count % n == 0]
+        raise ValueError(
+            f"{robot} has no partition {partition!r}: its {num_actuators} actuators split as "
+            f"{', '.join(dict.fromkeys([*fitting, *named]))} or as a list of actuator lists"
+        )
+    agents, per_agent = int(match[1]), int(match[2]) * size
+    return np.arange(num_actuators).reshape(agents, per_agent).tolist()
+
+
+def parse_actuator_lists(partition: str | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Turn [[0, 3], [1, 2]], or the same as JSON text, into lists of ints. Raises ValueError for anything else."""
+    try:
+        lists = json.loads(partition) if isinstance(partition, str) else partition
+        return [[operator.index(a) for a in agent] for agent in lists]
+    except (json.JSONDecodeError, TypeError) as e:
+        raise ValueError(f"partition {partition!r} is neither NxM nor actuator lists such as [[0,1],[2]]") from e
+
+
+def actuated_joints(model: mujoco.MjModel) -> np.ndarray:
+    """Return the joint that each actuator drives, int [num_actuators] (`actuator_trnid`).
+
+    Raises:
+        ValueError: when an actuator drives something else than a joint, or two drive the same one.
+    """
+    is_joint = np.isin(model.actuator_trntype, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT))
+    joints = model.actuator_trnid[:, 0]
+    if not is_joint.all() or len(set(joints)) < len(joints):
+        raise ValueError("a partition needs a model in which every actuator drives a joint of its own")
+    return joints
+
+
+def joint_graph(model: mujoco.MjModel) -> np.ndarray:
+    """Return which actuators' joints are neighbours: bool [num_actuators, num_actuators], symmetric.
+
+    Two actuated joints are neighbours when no other actuated joint lies between them on the kinematic tree. Robots that
+    share only the world body are not connected.
+    """
+    joints = actuated_joints(model)
+    actuator_of = {j: a for a, j in enumerate(joints)}
+
+    def joint_above(joint: int) -> tuple[str, int]:
+        """The nearest actuated joint between `joint` and the root, or the root body if there is none."""
+        body = model.jnt_bodyid[joint]
+        above = range(model.body_jntadr[body], joint)  # joints of one body act in their order
+        while body != 0:
+            for j in reversed(above):
+                if j in actuator_of:
+                    return "joint", actuator_of[j]
+            body = model.body_parentid[body]
+            above = range(model.body_jntadr[body], model.body_jntadr[body] + model.body_jntnum[body])
+        return "root", model.body_rootid[model.jnt_bodyid[joint]]
+
+    above = [joint_above(j) for j in joints]
+    n = len(joints)
+    graph = np.array([[above[a] == above[b] or above[a] == ("joint", b) for b in range(n)] for a in range(n)])
+    return (graph | graph.T) & ~np.eye(n, dtype=bool)
+
+
+def joint_bodies(model: mujoco.MjModel, joint: int) -> set[int]:
+    """Return the bodies whose terms (inertia, velocity, contact force) belong to a joint: those that it connects.
+
+    These are the rigid link that the joint moves (its body and what is welded to it), and, towards the root, the bodies
+    up to the first that has a joint of its own or branches.
+    """
+    body = model.jnt_bodyid[joint]
+    bodies = set(np.flatnonzero(model.body_weldid == model.body_weldid[body]))
+    while True:
+        body = model.body_parentid[body]
+        if body == 0:
+            return bodies
+        bodies.add(body)
+        if model.body_jntnum[body] > 0 or np.sum(model.body_parentid == body) > 1:
+            return bodies
+
+
+def make_partition(
+    model: mujoco.MjModel,
+    act_ids: Sequence[Sequence[int]],
+    obs_entries: Sequence[ObsEntry],
+    agent_obsk: int | None = None,
+) -> Partition:
+    """Build the index arrays of a partition from the compiled model.
+
+    Args:
+        model: the compiled robot.
+        act_ids: the actuators of each agent (see `parse_partition`).
+        obs_entries: what each entry of the flat observation is; its length is the observation's.
+        agent_obsk: None: every agent sees everything. k >= 0: an agent sees every term of its own joints, the
+            positions of joints up to k edges away on the joint graph, and all that belongs to no actuated joint
+            (the root, objects, targets), as in MaMuJoCo.
+
+    Raises:
+        ValueError: when `agent_obsk` is negative.
+    """
+    act_ids = tuple(np.asarray(a, dtype=np.int64) for a in act_ids)
+    if agent_obsk is None:
+        return Partition(tuple(np.arange(len(obs_entries)) for _ in act_ids), act_ids)
+    if agent_obsk < 0:
+        raise ValueError(f"agent_obsk is {agent_obsk}: it must be 0 or more edges, or None for the whole state")
+    joints = actuated_joints(model)
+    graph = joint_graph(model).astype(int) + np.eye(len(joints), dtype=int)
+    reach = np.linalg.matrix_power(graph, agent_obsk) > 0  # joints at most agent_obsk edges away
+
+    def entries_of(joint: int, fields: Sequence[str]) -> set[ObsEntry]:
+        qpos, qvel = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
+        entries = {("qpos", qpos), ("qvel", qvel), ("qfrc_actuator", qvel)}
+        entries |= {(f, b) for b in joint_bodies(model, joint) for f in ("cinert", "cvel", "cfrc_ext", "xpos")}
+        return {e for e in entries if e[0] in fields}
+
+    all_fields = {field for field, _ in obs_entries}
+    owned = set().union(*(entries_of(j, all_fields - {"cinert", "cvel", "cfrc_ext", "xpos"}) for j in joints))
+    body_fields = {"cinert", "cvel", "cfrc_ext", "xpos"}
+    obs_ids = []
+    for actuators in act_ids:
+        seen = set().union(*(entries_of(joints[a], all_fields) for a in actuators))
+        near = np.flatnonzero(reach[actuators].any(axis=0))
+        seen |= set().union(*(entries_of(joints[a], ("qpos",)) for a in near))
+        ids = [i for i, e in enumerate(obs_entries) if e in seen or (e not in owned and e[0] not in body_fields)]
+        obs_ids.append(np.array(ids, dtype=np.int64))
+    return Partition(tuple(obs_ids), act_ids)

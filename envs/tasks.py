@@ -1,0 +1,340 @@
+"""Gymnasium's MuJoCo v5 tasks, many simulations at a time, on `mujoco.batch`.
+
+Each class adds to the physics what one Gymnasium file adds (observation, reward, termination), as NumPy lines over all
+the simulations. Weights, ranges and the reset's random draws come from Gymnasium's own environment object, so that they
+cannot drift from it; the order of the arithmetic is Gymnasium's too, so that results are the same to the last bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.spaces import Box
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from mujoco.batch import Batch
+
+from envs.partition import ObsEntry
+
+DIVERGED = [
+    int(mujoco.mjtWarning.mjWARN_BADQPOS),
+    int(mujoco.mjtWarning.mjWARN_BADQVEL),
+    int(mujoco.mjtWarning.mjWARN_BADQACC),
+]
+
+
+def observation_entries(env: MujocoEnv) -> list[ObsEntry]:
+    """Say what each entry of a Gymnasium v5 observation is, from the environment's `observation_structure`.
+
+    Raises:
+        ValueError: when the environment does not describe its observation that way.
+    """
+    structure, model = getattr(env, "observation_structure", {}), env.model
+    skipped = structure.get("skipped_qpos", 0)
+    # A row of a field per joint position, per degree of freedom, or per body; Gymnasium leaves out the world body and
+    # the forces on the root's six degrees of freedom.
+    entries = [("qpos", i) for i in range(skipped, model.nq)] + [("qvel", i) for i in range(model.nv)]
+    for field, width in (("cinert", 10), ("cvel", 6), ("qfrc_actuator", 1), ("cfrc_ext", 6)):
+        rows = range(6, model.nv) if field == "qfrc_actuator" else range(1, model.nbody)
+        entries += [(field, i) for i in rows for _ in range(width)] if structure.get(field) else []
+    if len(entries) != env.observation_space.shape[0]:
+        raise ValueError("agent_obsk needs an environment whose observation_structure describes its whole observation")
+    return entries
+
+
+class MujocoVectorEnv(VectorEnv):
+    """`num_envs` simulations of one Gymnasium MuJoCo task, stepped on a thread pool. Base class of the tasks.
+
+    Same-step autoreset: the step that ends an episode returns the first observation of the next one, and the last one
+    of the ended episode in `infos["final_obs"]`, masked by `infos["_final_obs"]`, as in Gymnasium.
+
+    Attributes:
+        env: Gymnasium's own environment object, the source of weights, ranges, reset noise and model.
+        batch: the `mujoco.batch.Batch` that holds the simulations.
+        obs_entries: what each entry of the observation is (see `envs.partition`).
+        num_diverged: how many simulations MuJoCo has declared unstable so far.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    derived_fields: ClassVar[tuple[str, ...]] = ()  # the mjData fields, beside the state, that the task reads
+
+    def __init__(self, env: MujocoEnv, num_envs: int, max_episode_steps: int, num_threads: int = 0) -> None:
+        """Build the batch. `num_threads` 0 is one thread per CPU; results do not depend on it."""
+        self.env, self.num_envs, self.max_episode_steps = env, num_envs, max_episode_steps
+        self.obs_entries = self._obs_entries()
+        # Contact forces are not part of a step: they are computed afterwards from the whole MjData, which only a
+        # persistent batch keeps.
+        self.has_contact_forces = ("cfrc_ext", 1) in self.obs_entries
+        self.batch = Batch(env.model, num_envs, num_threads, persistent=self.has_contact_forces)
+        self.qpos, self.qvel, self.ctrl = self.batch.qpos, self.batch.qvel, self.batch.ctrl
+        for field in self.derived_fields:  # bound before the first reset: a field is only filled from then on
+            self.batch.bind(field)
+        self.cfrc_ext = np.zeros((num_envs, env.model.nbody, 6))
+        self._data = mujoco.MjData(env.model)
+        self._rngs: list[np.random.Generator] = []
+        self._elapsed_steps = np.zeros(num_envs, dtype=np.int64)
+        self.num_diverged = 0
+        self.render_mode, self.spec = None, env.spec
+        self.single_observation_space = Box(-np.inf, np.inf, (len(self.obs_entries),), np.float64)
+        self.single_action_space = env.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    # What a task defines
+
+    def _obs_entries(self) -> list[ObsEntry]:
+        return observation_entries(self.env)
+
+    def _observation(self) -> np.ndarray:
+        """The observations of all the simulations, float64 [num_envs, obs_dim]."""
+        skipped = self.env.observation_structure["skipped_qpos"]
+        return np.concatenate([self.qpos[:, skipped:], self.qvel], axis=1)
+
+    def _position(self) -> np.ndarray:
+        """The coordinate whose speed the reward counts, in metres, [num_envs]."""
+        return self.qpos[:, 0].copy()
+
+    def _healthy(self) -> np.ndarray:
+        """Whether the robot is still fit to go on, bool [num_envs]; only asked where the task can terminate."""
+        return np.ones(self.num_envs, dtype=bool)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        """The rewards of one step, [num_envs]."""
+        raise NotImplementedError
+
+    # The vector environment
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start all episodes. An int seeds environment i with `seed + i`, as Gymnasium's vector environments do."""
+        if seed is not None or not self._rngs:
+            seeds = [None if seed is None else seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
+            self._rngs = [np_random(s)[0] for s in seeds]
+        self._reset_simulations(np.arange(self.num_envs))
+        return self._observation(), {}
+
+    def _reset_simulations(self, ids: np.ndarray) -> None:
+        """Put simulations into new initial states, drawn by Gymnasium's own `reset_model`."""
+        self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
+        for i in ids:
+            self.env.np_random = self._rngs[i]
+            self.env.reset_model()
+            self.qpos[i], self.qvel[i] = self.env.data.qpos, self.env.data.qvel
+        self.batch.forward(ids)
+        self.cfrc_ext[ids] = 0
+        self._elapsed_steps[ids] = 0
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Apply actions [num_envs, act_dim] for one frame-skip; see the class for autoreset.
+
+        Raises:
+            ValueError: when the actions have another shape.
+        """
+        actions = np.asarray(actions)
+        if actions.shape != self.ctrl.shape:
+            raise ValueError(f"actions must have shape {self.ctrl.shape}, not {actions.shape}")
+        position = self._position()
+        warnings = self.batch.warning[:, DIVERGED].sum(axis=(1, 2))
+        self.ctrl[:] = actions
+        self.batch.step(nstep=self.env.frame_skip)
+        if self.has_contact_forces:
+            for i in range(self.num_envs):
+                self.batch.get_data(i, self._data)
+                mujoco.mj_rnePostConstraint(self.env.model, self._data)
+                self.cfrc_ext[i] = self._data.cfrc_ext
+        self._elapsed_steps += 1
+
+        healthy = self._healthy()
+        observations = self._observation()
+        rewards = self._reward(actions, (self._position() - position) / self.env.dt, healthy)
+        terminations = ~healthy & getattr(self.env, "_terminate_when_unhealthy", False)
+        truncations = self._elapsed_steps >= self.max_episode_steps
+        infos: dict[str, Any] = {}
+
+        # MuJoCo has put a simulation that diverged back to its default pose: what was computed from it means nothing.
+        diverged = self.batch.warning[:, DIVERGED].sum(axis=(1, 2)) > warnings
+        if diverged.any():
+            self.num_diverged += diverged.sum()
+            terminations |= diverged
+            rewards[diverged] = 0
+            observations[diverged] = np.nan_to_num(observations[diverged])
+
+        done = terminations | truncations
+        if done.any():
+            infos["final_obs"], infos["_final_obs"] = np.full(self.num_envs, None, dtype=object), done
+            for i in np.flatnonzero(done):
+                infos["final_obs"][i] = observations[i].copy()
+            self._reset_simulations(np.flatnonzero(done))
+            observations[done] = self._observation()[done]
+        return observations, rewards, terminations, truncations, infos
+
+    def _control_cost(self, actions: np.ndarray) -> np.ndarray:
+        return self.env._ctrl_cost_weight * np.square(actions).sum(axis=1)
+
+
+class HalfCheetah(MujocoVectorEnv):
+    """HalfCheetah-v5 (half_cheetah_v5.py) and Swimmer-v5 (swimmer_v5.py): speed less control cost."""
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        return self.env._forward_reward_weight * x_velocity - self._control_cost(actions)
+
+
+class Walker2d(MujocoVectorEnv):
+    """Walker2d-v5 (walker2d_v5.py): terminates when it falls."""
+
+    def _observation(self) -> np.ndarray:
+        skipped = self.env.observation_structure["skipped_qpos"]
+        return np.concatenate([self.qpos[:, skipped:], np.clip(self.qvel, -10, 10)], axis=1)
+
+    def _healthy(self) -> np.ndarray:
+        (z_low, z_high), (angle_low, angle_high) = self.env._healthy_z_range, self.env._healthy_angle_range
+        z, angle = self.qpos[:, 1], self.qpos[:, 2]
+        return (z_low < z) & (z < z_high) & (angle_low < angle) & (angle < angle_high)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        rewards = self.env._forward_reward_weight * x_velocity + healthy * self.env._healthy_reward
+        return rewards - self._control_cost(actions)
+
+
+class Hopper(Walker2d):
+    """Hopper-v5 (hopper_v5.py): Walker2d's reward; all of the state, past x and z, must stay in a range as well."""
+
+    def _healthy(self) -> np.ndarray:
+        low, high = self.env._healthy_state_range
+        state = np.concatenate([self.qpos, self.qvel], axis=1)[:, 2:]
+        return super()._healthy() & ((low < state) & (state < high)).all(axis=1)
+
+
+class Ant(MujocoVectorEnv):
+    """Ant-v5 (ant_v5.py): speed of the torso, alive bonus, control and contact costs."""
+
+    derived_fields = ("xpos",)
+
+    def _contact_forces(self) -> np.ndarray:
+        return np.clip(self.cfrc_ext, *self.env._contact_force_range)
+
+    def _observation(self) -> np.ndarray:
+        return np.concatenate(
+            [super()._observation(), self._contact_forces()[:, 1:].reshape(self.num_envs, -1)], axis=1
+        )
+
+    def _position(self) -> np.ndarray:
+        return self.batch.xpos[:, self.env._main_body, 0].copy()
+
+    def _healthy(self) -> np.ndarray:
+        low, high = self.env._healthy_z_range
+        finite = np.isfinite(self.qpos).all(axis=1) & np.isfinite(self.qvel).all(axis=1)
+        return finite & (low <= self.qpos[:, 2]) & (self.qpos[:, 2] <= high)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        rewards = x_velocity * self.env._forward_reward_weight + healthy * self.env._healthy_reward
+        forces = np.square(self._contact_forces()).reshape(self.num_envs, -1)
+        return rewards - (self._control_cost(actions) + self.env._contact_cost_weight * forces.sum(axis=1))
+
+
+class HumanoidStandup(MujocoVectorEnv):
+    """HumanoidStandup-v5 (humanoidstandup_v5.py): height, control and impact costs; never terminates."""
+
+    derived_fields = ("cinert", "cvel", "qfrc_actuator")
+
+    def _observation(self) -> np.ndarray:
+        batch, bodies = self.batch, (self.num_envs, -1)
+        terms = [batch.cinert[:, 1:].reshape(bodies), batch.cvel[:, 1:].reshape(bodies), batch.qfrc_actuator[:, 6:]]
+        return np.concatenate([super()._observation(), *terms, self.cfrc_ext[:, 1:].reshape(bodies)], axis=1)
+
+    def _contact_cost(self, weight: float, cost_range: tuple[float, float]) -> np.ndarray:
+        return np.clip(weight * np.square(self.cfrc_ext).reshape(self.num_envs, -1).sum(axis=1), *cost_range)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        up = self.qpos[:, 2] / self.env.model.opt.timestep
+        impact_cost = self._contact_cost(self.env._impact_cost_weight, self.env._impact_cost_range)
+        return up - self._control_cost(self.ctrl) - impact_cost + 1
+
+
+class Humanoid(HumanoidStandup):
+    """Humanoid-v5 (humanoid_v5.py): HumanoidStandup's observation; the speed is that of the centre of mass."""
+
+    derived_fields = (*HumanoidStandup.derived_fields, "xipos")
+
+    def _position(self) -> np.ndarray:
+        mass = self.env.model.body_mass
+        return np.einsum("b,nb->n", mass, self.batch.xipos[:, :, 0]) / mass.sum()
+
+    def _healthy(self) -> np.ndarray:
+        low, high = self.env._healthy_z_range
+        return (low < self.qpos[:, 2]) & (self.qpos[:, 2] < high)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        rewards = self.env._forward_reward_weight * x_velocity + healthy * self.env._healthy_reward
+        contact_cost = self._contact_cost(self.env._contact_cost_weight, self.env._contact_cost_range)
+        return rewards - (self._control_cost(self.ctrl) + contact_cost)
+
+
+class Reacher(MujocoVectorEnv):
+    """Reacher-v5 (reacher_v5.py): distance of the fingertip to a random target."""
+
+    derived_fields = ("xpos",)
+
+    def _obs_entries(self) -> list[ObsEntry]:
+        fingertip = ("xpos", self.env.model.body("fingertip").id)
+        angles = [("qpos", 0), ("qpos", 1)]
+        return [*angles, *angles, ("qpos", 2), ("qpos", 3), ("qvel", 0), ("qvel", 1), fingertip, fingertip]
+
+    def _to_target(self) -> np.ndarray:
+        return self.batch.body("fingertip").xpos - self.batch.body("target").xpos
+
+    def _observation(self) -> np.ndarray:
+        theta = self.qpos[:, :2]
+        terms = [np.cos(theta), np.sin(theta), self.qpos[:, 2:], self.qvel[:, :2], self._to_target()[:, :2]]
+        return np.concatenate(terms, axis=1)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        reward_dist = -np.linalg.norm(self._to_target(), axis=1) * self.env._reward_dist_weight
+        return reward_dist + -np.square(actions).sum(axis=1) * self.env._reward_control_weight
+
+
+class Pusher(MujocoVectorEnv):
+    """Pusher-v5 (pusher_v5.py): push an object to a goal; the hand should stay near the object."""
+
+    derived_fields = ("xpos",)
+
+    def _obs_entries(self) -> list[ObsEntry]:
+        return [*(("qpos", i) for i in range(7)), *(("qvel", i) for i in range(7)), *[("global", 0)] * 9]
+
+    def _observation(self) -> np.ndarray:
+        coms = [self.batch.body(name).xpos for name in ("tips_arm", "object", "goal")]
+        return np.concatenate([self.qpos[:, :7], self.qvel[:, :7], *coms], axis=1)
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        hand, thing, goal = (self.batch.body(name).xpos for name in ("tips_arm", "object", "goal"))
+        reward_near = -np.linalg.norm(thing - hand, axis=1) * self.env._reward_near_weight
+        reward_dist = -np.linalg.norm(thing - goal, axis=1) * self.env._reward_dist_weight
+        reward_ctrl = -np.square(actions).sum(axis=1) * self.env._reward_control_weight
+        return reward_dist + reward_ctrl + reward_near
+
+
+class CoupledHalfCheetah(MujocoVectorEnv):
+    """MaMuJoCo's CoupledHalfCheetah (coupled_half_cheetah.py): the mean of two HalfCheetahs' rewards."""
+
+    derived_fields = ("ten_J", "ten_length", "ten_velocity")
+
+    def _obs_entries(self) -> list[ObsEntry]:
+        qpos = [("qpos", i) for i in (*range(1, 9), *range(10, 18))]
+        return [*qpos, *(("qvel", i) for i in range(18)), *[("global", 0)] * 6]
+
+    def _observation(self) -> np.ndarray:
+        # The tendon's Jacobian is sparse in MuJoCo 4: its columns are the roots' x, z, angle. MaMuJoCo shows x and z.
+        tendon = [self.batch.ten_J[:, [0, 1, 3, 4]], self.batch.ten_length, self.batch.ten_velocity]
+        return np.concatenate([self.qpos[:, 1:9], self.qpos[:, 10:18], self.qvel, *tendon], axis=1)
+
+    def _position(self) -> np.ndarray:
+        return self.qpos[:, [0, 9]]
+
+    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+        forward_reward = self.env._forward_reward_weight * (x_velocity[:, 0] + x_velocity[:, 1]) / 2.0
+        costs = self._control_cost(actions[:, :6]) + self._control_cost(actions[:, 6:])
+        return forward_reward - costs / 2.0
