@@ -177,8 +177,8 @@ def make_partition(
     if agent_obsk < 0:
         raise ValueError(f"agent_obsk is {agent_obsk}: it must be 0 or more edges, or None for the whole state")
     joints = actuated_joints(model)
-    graph = joint_graph(model).astype(int) + np.eye(len(joints), dtype=int)
-    reach = np.linalg.matrix_power(graph, agent_obsk) > 0  # joints at most agent_obsk edges away
+    graph = joint_graph(model) | np.eye(len(joints), dtype=bool)  # bool: a count of the paths would overflow
+    reach = np.linalg.matrix_power(graph, agent_obsk)  # joints at most agent_obsk edges away
 
     def entries_of(joint: int, fields: Sequence[str]) -> set[ObsEntry]:
         qpos, qvel = model.jnt_qposadr[joint], model.jnt_dofadr[joint]

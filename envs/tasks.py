@@ -40,7 +40,7 @@ def observation_entries(env: MujocoEnv) -> list[ObsEntry]:
     for field, width in (("cinert", 10), ("cvel", 6), ("qfrc_actuator", 1), ("cfrc_ext", 6)):
         rows = range(6, model.nv) if field == "qfrc_actuator" else range(1, model.nbody)
         entries += [(field, i) for i in rows for _ in range(width)] if structure.get(field) else []
-    if len(entries) != env.observation_space.shape[0]:
+    if not structure or len(entries) != env.observation_space.shape[0]:
         raise ValueError("agent_obsk needs an environment whose observation_structure describes its whole observation")
     return entries
 

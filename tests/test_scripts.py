@@ -1,0 +1,185 @@
+"""The scripts as a user runs them: log, model, determinism, bad input, failure, and every environment of the papers."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import envs
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--num-envs", "4", "--num-steps", "32", "--hidden-sizes", "16", "16", "--num-threads", "1"]
+PPO_TAGS = {"policy_loss", "entropy", "approx_kl", "clip_fraction", "first_ratio"}
+TRPO_TAGS = {"kl", "surrogate_gain", "expected_gain", "backtracks", "accepted", "grad_norm", "entropy", "first_ratio"}
+AGENT_TAGS = {"mappo": PPO_TAGS, "happo": PPO_TAGS | {"M_std"}, "hatrpo": TRPO_TAGS | {"M_std"}}
+
+
+def run(script: ModuleType, *flags: object) -> subprocess.CompletedProcess:
+    """Run a script from the command line, in the project's root."""
+    command = [sys.executable, script.__file__, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+
+
+def train(script: ModuleType, run_dir: Path, **args: object) -> dict:
+    """Run a script's main in this process on a small budget; return its model."""
+    defaults = {"env_id": "Reacher-2x1", "total_timesteps": 256, "num_envs": 4, "num_steps": 32}
+    defaults |= {"hidden_sizes": (16, 16), "num_threads": 1, "num_minibatches": 2}
+    script.main(script.Args(**(defaults | args), run_dir=str(run_dir)))
+    return torch.load(run_dir / "model.pt", weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two models have the same networks and normalisers to the last bit."""
+    nets = [key for key in a if key != "args"]
+    assert any(key.startswith("agent_") for key in nets) and "obs_rms" in nets
+    return all(torch.equal(a[net][key], b[net][key]) for net in nets for key in a[net])
+
+
+def test_log_and_model(script: ModuleType, tmp_path: Path):
+    """The command line trains, says so in plain lines, and logs what the README explains."""
+    done = run(script, "--env-id", "Reacher-2x1", "--total-timesteps", 128 * 10, *SMALL, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("step 1280 episodic_return -") and done.stdout.count("\n") == 1
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    scalars = {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    charts = {"episodic_return", "episodic_length", "SPS", "learning_rate"}
+    assert {f"charts/{tag}" for tag in charts} | {"losses/value_loss", "losses/explained_variance"} <= scalars.keys()
+    for agent in (0, 1):
+        tags = AGENT_TAGS[script.__name__.split("_")[0]]
+        assert {f"agent_{agent}/{tag}" for tag in tags} <= scalars.keys()
+        np.testing.assert_allclose(scalars[f"agent_{agent}/first_ratio"], 1, atol=1e-5)
+    assert scalars["charts/episodic_length"] == [50.0] * len(scalars["charts/episodic_length"])
+    assert [event.step for event in log.Scalars("losses/value_loss")] == list(range(128, 1281, 128))
+
+
+def test_same_seed_same_run(script: ModuleType, tmp_path: Path):
+    """The same command in separate processes gives the same bits; another seed does not."""
+    models = []
+    for i, seed in enumerate((7, 7, 8)):
+        done = run(script, "--seed", seed, "--total-timesteps", 384, *SMALL, "--run-dir", tmp_path / str(i))
+        assert done.returncode == 0, done.stderr
+        models.append(torch.load(tmp_path / str(i) / "model.pt", weights_only=True))
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+def test_environment_threads_change_nothing(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One, two or three threads in the physics: the same run to the last bit."""
+    models, make_vec = [], envs.make_vec
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(envs, "make_vec", lambda *args, n=threads: make_vec(*args[:3], n))
+        models.append(train(script, tmp_path / str(threads), env_id="Hopper-3x1"))
+    assert same(models[0], models[1]) and same(models[0], models[2])
+
+
+@pytest.mark.parametrize("env_id", envs.ENV_IDS)
+def test_every_environment_of_the_papers(env_id: str, tmp_path: Path):
+    """Two iterations of HAPPO on each id, with partial observations: every agent's actor changes."""
+    import happo_mamujoco as script
+
+    models = [
+        train(
+            script, tmp_path / str(steps), env_id=env_id, total_timesteps=steps, num_envs=2, num_steps=8, agent_obsk=1
+        )
+        for steps in (16, 32)
+    ]
+    agents = [net for net in models[0] if net.startswith("agent_")]
+    assert len(agents) == envs.make_vec(env_id, 1).partition.num_agents
+    assert not any(torch.equal(models[0][agent]["log_std"], models[1][agent]["log_std"]) for agent in agents)
+
+
+@pytest.mark.parametrize("flags", [{"share_param": True}, {"share_param": True, "agent_obsk": 0}, {"anneal_lr": True}])
+def test_options_train(script: ModuleType, flags: dict, tmp_path: Path):
+    """Shared parameters (agents of different sizes) and annealing run; sharing gives all agents one set."""
+    model = train(script, tmp_path / "run", env_id="Pusher-3p", **flags)
+    if "share_param" in flags:
+        assert all(torch.equal(model["agent_0"][key], model["agent_2"][key]) for key in model["agent_0"])
+        inputs = (23 if flags.get("agent_obsk") is None else 15) + 3  # longest observation, and the agent's id
+        assert model["agent_0"]["net.0.weight"].shape == (16, inputs)
+    else:
+        assert not torch.equal(model["agent_0"]["net.2.weight"], model["agent_2"]["net.2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env-id", "HalfCheeta-6x1"], "unknown env_id 'HalfCheeta-6x1'; did you mean HalfCheetah-6x1"),
+        (["--env-id", "HalfCheetah-4x2"], "its 6 actuators split as 1x6, 2x3, 3x2, 6x1"),
+        (["--env-id", "Ant-[[0,1],[2,3]]"], "must use each actuator of Ant, 0 to 7, once"),
+        (["--agent-obsk", -1], "agent_obsk is -1: it must be 0 or more"),
+        (["--num-minibatches", 3], "--num-minibatches 3 does not divide the batch of 128 steps"),
+        (["--num-envs", 0], "--num-envs is 0: it must be greater than 0"),
+        (["--num-steps", -5], "--num-steps is -5: it must be greater than 0"),
+        (["--hidden-sizes", 64, 0], "--hidden-sizes is (64, 0): it must be greater than 0"),
+        (["--gamma", 1.5], "--gamma is 1.5: it must be from 0 to 1"),
+        (["--total-timesteps", 100], "--total-timesteps 100 is less than one batch of 128 steps"),
+        (["--run-dir", "tests"], "--run-dir tests exists already"),
+        (["--run-dir", "/proc/nowhere/run"], "--run-dir /proc/nowhere/run cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags: list, message: str, capsys, monkeypatch):
+    """What is wrong and what would be right, without a traceback."""
+    import happo_mamujoco as script
+
+    monkeypatch.chdir(ROOT)
+    before = sorted(ROOT.joinpath("tests").iterdir())
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.tyro.cli(script.Args, args=[*SMALL, *map(str, flags)]))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert sorted(ROOT.joinpath("tests").iterdir()) == before
+
+
+def test_bad_input_from_the_command_line(script: ModuleType):
+    """The same through a real process."""
+    done = run(script, "--env-id", "Antt-4x2")
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: unknown env_id 'Antt-4x2'; did you mean Ant-4x2")
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_track_without_wandb(script: ModuleType, tmp_path: Path, capsys, monkeypatch):
+    """Without the package, --track says what to install."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        train(script, tmp_path / "run", track=True)
+    assert stop.value.code == 2 and "pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_falls_back(script: ModuleType, tmp_path: Path, capsys):
+    """--cuda on a machine without one trains on the CPU and says so."""
+    with_flag, without = train(script, tmp_path / "a", cuda=True), train(script, tmp_path / "b")
+    assert "--cuda: PyTorch finds no GPU, training on the CPU" in capsys.readouterr().err
+    assert same(with_flag, without)
+
+
+def test_not_finite_stops_the_run(script: ModuleType, tmp_path: Path, capsys, monkeypatch):
+    """NaN in one agent's parameters: the run stops, names the agent and the step, and keeps the last finite model."""
+    name = script.__name__.split("_")[0] + "_update"
+    update, calls = getattr(script, name), []
+
+    def poisoned(actors, *args):
+        calls.append(1)
+        result = update(actors, *args)
+        if len(calls) == 2:
+            actors[1].log_std.data[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(script, name, poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train(script, tmp_path / "run")
+    assert stop.value.code == 1
+    assert "not finite at step 256: agent_1/log_std;" in capsys.readouterr().err
+    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert all(value.isfinite().all() for net, params in model.items() if net != "args" for value in params.values())

@@ -1,0 +1,522 @@
+"""The tasks of envs/tasks.py against Gymnasium's own environments, and the promises of the vector environment."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
+from gymnasium_robotics.envs.multiagent_mujoco.coupled_half_cheetah import CoupledHalfCheetahEnv
+
+import envs
+
+# Robot -> (partition, environments, steps of the long run, endings that the long run must contain).
+RUNS = {
+    "HalfCheetah": ("6x1", 2, 1010, {"truncated"}),
+    "Ant": ("4x2", 4, 400, {"terminated"}),
+    "Hopper": ("3x1", 4, 250, {"terminated"}),
+    "Walker2d": ("2x3", 4, 250, {"terminated"}),
+    "Humanoid": ("9|8", 4, 120, {"terminated"}),
+    "HumanoidStandup": ("17x1", 2, 120, set()),
+    "Swimmer": ("2x1", 2, 1010, {"truncated"}),
+    "Reacher": ("2x1", 4, 110, {"truncated"}),
+    "Pusher": ("3p", 3, 210, {"truncated"}),
+    "ManySegmentSwimmer": ("3x2", 3, 300, set()),
+    "ManySegmentAnt": ("3x1", 4, 300, {"terminated"}),
+    "CoupledHalfCheetah": ("1p1", 2, 1010, {"truncated"}),
+}
+ROBOTS = list(RUNS)
+NUM_SEGMENTS = {"ManySegmentSwimmer": 6, "ManySegmentAnt": 3}
+GYM_ID = {robot: f"{robot}-v5" for robot in ROBOTS}
+GYM_ID |= {"ManySegmentSwimmer": "Swimmer-v5", "ManySegmentAnt": "Ant-v5", "CoupledHalfCheetah": "HalfCheetah-v5"}
+# np.linalg.norm sums another way over an axis than over a vector: only these rewards differ, in the last bits.
+REWARD_RTOL = {"Reacher": 1e-10, "Pusher": 1e-10}
+
+# Weights and ranges that are not Gymnasium's defaults: a task that ignores one of them gives other numbers.
+OTHER_WEIGHTS = {
+    "HalfCheetah": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "reset_noise_scale": 0.2, "frame_skip": 3},
+    "Ant": {
+        "forward_reward_weight": 1.7,
+        "ctrl_cost_weight": 0.3,
+        "contact_cost_weight": 2e-3,
+        "healthy_reward": 0.6,
+        "healthy_z_range": (0.45, 0.9),
+        "contact_force_range": (-2.0, 0.5),
+        "main_body": 3,
+        "frame_skip": 3,
+    },
+    "Hopper": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "healthy_reward": 0.6, "frame_skip": 3},
+    "Walker2d": {
+        "forward_reward_weight": 1.7,
+        "ctrl_cost_weight": 0.3,
+        "healthy_reward": 0.6,
+        "terminate_when_unhealthy": False,
+        "frame_skip": 10,
+    },
+    "Humanoid": {
+        "forward_reward_weight": 1.7,
+        "ctrl_cost_weight": 0.3,
+        "contact_cost_weight": 1e-4,
+        "contact_cost_range": (0.1, 0.4),
+        "healthy_reward": 0.6,
+        "frame_skip": 3,
+    },
+    "HumanoidStandup": {"ctrl_cost_weight": 0.3, "impact_cost_weight": 1e-4, "impact_cost_range": (0.1, 0.4)},
+    "Swimmer": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "reset_noise_scale": 0.2, "frame_skip": 3},
+    "Reacher": {"reward_dist_weight": 1.7, "reward_control_weight": 0.3, "frame_skip": 3},
+    "Pusher": {"reward_near_weight": 0.9, "reward_dist_weight": 1.7, "reward_control_weight": 0.3, "frame_skip": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_mujoco(monkeypatch, tmp_path):
+    """Keep MuJoCo's warnings off the screen, and its log file out of the repository."""
+    monkeypatch.chdir(tmp_path)
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    yield
+    mujoco.set_mju_user_warning(handler)
+
+
+class DenseCoupledHalfCheetah(CoupledHalfCheetahEnv):
+    """Gymnasium-Robotics' environment with the tendon's Jacobian as a dense row, as it was before MuJoCo 4."""
+
+    def _get_obs(self) -> np.ndarray:
+        jacobian = np.zeros(self.model.nv)
+        jacobian[self.model.ten_J_colind[: self.model.ten_J_rownnz[0]]] = self.data.ten_J[: self.model.ten_J_rownnz[0]]
+        qpos, qvel, tendon = self.data.qpos, self.data.qvel, [self.data.ten_length, self.data.ten_velocity]
+        return np.concatenate([qpos[1:9], qpos[10:18], qvel, jacobian[:2], jacobian[9:11], *tendon])
+
+
+class SameMassCoupledHalfCheetah(DenseCoupledHalfCheetah):
+    """The same with the masses of our model, which differ by rounding: a contact makes any difference grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ours = envs.make_vec("CoupledHalfCheetah-1p1", 1, num_threads=1).env.env.model
+        np.testing.assert_allclose(self.model.body_mass, ours.body_mass, rtol=1e-14)
+        np.testing.assert_allclose(self.model.body_inertia, ours.body_inertia, rtol=1e-14)
+        self.model.body_mass[:], self.model.body_inertia[:] = ours.body_mass, ours.body_inertia
+
+
+def make_oracle(robot: str, num_envs: int, folder: Path, **kwargs) -> VectorEnv:
+    """Gymnasium's own vectorisation of a robot; `kwargs` go to `gymnasium.make`."""
+    if robot == "CoupledHalfCheetah":
+        cls, limit = kwargs.get("cls", SameMassCoupledHalfCheetah), kwargs.get("max_episode_steps", 1000)
+        vec = SyncVectorEnv([lambda: TimeLimit(cls(), limit)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+        return RecordEpisodeStatistics(vec)
+    if robot in NUM_SEGMENTS:
+        kwargs["xml_file"] = str(folder / f"{robot}.xml")
+        module = many_segment_swimmer if robot == "ManySegmentSwimmer" else many_segment_ant
+        module.gen_asset(NUM_SEGMENTS[robot], kwargs["xml_file"])
+    same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    return RecordEpisodeStatistics(gym.make_vec(GYM_ID[robot], num_envs, "sync", vector_kwargs=same_step, **kwargs))
+
+
+def make_ours(robot: str, num_envs: int, num_threads: int = 1) -> VectorEnv:
+    """Our environment of a robot through the front door."""
+    return envs.make_vec(f"{robot}-{RUNS[robot][0]}", num_envs, num_threads=num_threads)
+
+
+def make_task(robot: str, num_envs: int, max_episode_steps: int, num_threads: int, **kwargs) -> VectorEnv:
+    """Our task class itself, with another time limit and, for Gymnasium's robots, other weights."""
+    env = gym.make(GYM_ID[robot], **kwargs).unwrapped if kwargs else make_ours(robot, 1).env.env
+    return RecordEpisodeStatistics(envs.ROBOTS[robot][1](env, num_envs, max_episode_steps, num_threads))
+
+
+def random_actions(space: Box, steps: int, num_envs: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
+    """Uniform actions up to 30% outside the range, [steps, num_envs, act_dim]."""
+    actions = np.random.default_rng(seed).uniform(-1.3, 1.3, (steps, num_envs, *space.shape))
+    return (actions * space.high).astype(dtype)
+
+
+def record(vec: VectorEnv, seed: int, actions: np.ndarray, reset_before: int | None = None) -> list[tuple]:
+    """Everything that `reset` and `step` return, not copied: a later step must not change what was returned."""
+    run = [vec.reset(seed=seed)]
+    for t, action in enumerate(actions):
+        if t == reset_before:
+            run.append(vec.reset())
+        run.append(vec.step(action))
+    return run
+
+
+def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Equal in type, shape and every bit (-0.0 is not 0.0)."""
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def assert_same_run(ours: list[tuple], theirs: list[tuple], reward_rtol: float = 0, obs_tol: float = 0) -> None:
+    """The same observations, rewards, endings, final observations and episode statistics, step by step."""
+    same_obs, same_reward = assert_same_bits, assert_same_bits
+    if obs_tol:
+        same_obs = functools.partial(np.testing.assert_allclose, rtol=obs_tol, atol=obs_tol)
+    if reward_rtol:
+        same_reward = functools.partial(np.testing.assert_allclose, rtol=reward_rtol)
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        same_obs(our[0], their[0])
+        assert np.isfinite(our[0]).all()
+        if len(our) == 2:  # a reset
+            continue
+        same_reward(our[1], their[1])
+        assert_same_bits(our[2], their[2])
+        assert_same_bits(our[3], their[3])
+        our_info, their_info = our[4], their[4]
+        done = our[2] | our[3]
+        assert set(our_info) == ({"final_obs", "_final_obs", "episode", "_episode"} if done.any() else set())
+        assert set(our_info) <= set(their_info)
+        if done.any():
+            assert_same_bits(our_info["_final_obs"], their_info["_final_obs"])
+            assert_same_bits(our_info["_episode"], their_info["_episode"])
+            assert_same_bits(our_info["episode"]["l"], their_info["episode"]["l"])
+            same_reward(our_info["episode"]["r"], their_info["episode"]["r"])
+            for i in range(len(done)):
+                if done[i]:
+                    same_obs(our_info["final_obs"][i], their_info["final_obs"][i])
+                else:
+                    assert our_info["final_obs"][i] is None
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """The oracle's long run of a robot, made once: (actions, run)."""
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    folder = tmp_path_factory.mktemp("assets")
+
+    @functools.cache
+    def run_oracle(robot: str) -> tuple[np.ndarray, list[tuple]]:
+        _, num_envs, steps, _ = RUNS[robot]
+        oracle = make_oracle(robot, num_envs, folder)
+        actions = random_actions(oracle.single_action_space, steps, num_envs)
+        return actions, record(oracle, 1, actions)
+
+    yield run_oracle
+    mujoco.set_mju_user_warning(handler)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_long_run_is_gymnasiums(robot, num_threads, long_run):
+    """Whole runs under the registered time limit, through terminations, truncations and autoresets."""
+    actions, theirs = long_run(robot)
+    steps = theirs[1:]
+    seen = {"terminated"} if np.any([step[2] for step in steps]) else set()
+    seen |= {"truncated"} if np.any([step[3] for step in steps]) else set()
+    assert seen == RUNS[robot][3], "the oracle's run does not have the endings that it is here for"
+    ours = record(make_ours(robot, RUNS[robot][1], num_threads), 1, actions)
+    assert_same_run(ours, theirs, REWARD_RTOL.get(robot, 0))
+
+
+@pytest.mark.parametrize(("num_envs", "num_threads", "dtype"), [(1, 1, np.float64), (3, 2, np.float32)])
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_other_weights_and_time_limit_are_gymnasiums(robot, num_envs, num_threads, dtype, tmp_path):
+    """Weights and ranges come from the environment object; the time limit holds, also after a reset in mid-episode."""
+    kwargs, limit = OTHER_WEIGHTS.get(robot, {}), 17
+    oracle = make_oracle(robot, num_envs, tmp_path, max_episode_steps=limit, **kwargs)
+    actions = random_actions(oracle.single_action_space, 45, num_envs, 3, dtype)
+    theirs = record(oracle, 2, actions, reset_before=21)
+    assert np.any([step[3] for step in theirs if len(step) > 2])
+    ours = record(make_task(robot, num_envs, limit, num_threads, **kwargs), 2, actions, reset_before=21)
+    assert_same_run(ours, theirs, REWARD_RTOL.get(robot, 0))
+
+
+def test_coupled_half_cheetah_is_gymnasium_robotics(tmp_path):
+    """With its own masses, a rounding error away from ours, over a short horizon."""
+    oracle = make_oracle("CoupledHalfCheetah", 3, tmp_path, cls=DenseCoupledHalfCheetah)
+    actions = random_actions(oracle.single_action_space, 20, 3)
+    ours = record(make_ours("CoupledHalfCheetah", 3), 4, actions)
+    assert_same_run(ours, record(oracle, 4, actions), reward_rtol=1e-7, obs_tol=1e-8)
+
+
+# States at both sides of every limit of the tasks that have some: (field, index, value), one per environment.
+EXTREME_STATES = {
+    "Hopper": [
+        *[("qpos", 1, z) for z in (0.6, 0.8, 9.0)],
+        *[("qpos", 2, angle) for angle in (-0.3, -0.15, 0.15, 0.3)],
+        *[("qpos", 5, angle) for angle in (-101.0, -99.0, 99.0, 101.0)],
+        *[("qvel", 5, speed) for speed in (-400.0, -12.0, 12.0, 400.0)],
+    ],
+    "Walker2d": [
+        *[("qpos", 1, z) for z in (0.7, 0.9, 1.9, 2.1)],
+        *[("qpos", 2, angle) for angle in (-1.1, -0.9, 0.9, 1.1)],
+        *[("qvel", 5, speed) for speed in (-30.0, 30.0)],
+    ],
+    "Ant": [("qpos", 2, z) for z in (0.1, 0.15, 0.4, 0.95, 1.1)],
+    "Humanoid": [*[("qpos", 2, z) for z in (0.9, 1.1, 1.95, 2.1)], ("qvel", 2, -60.0)],
+    "HumanoidStandup": [*[("qpos", 2, z) for z in (0.9, 2.1)], ("qvel", 2, -60.0)],
+}
+
+
+@pytest.mark.parametrize("robot", EXTREME_STATES)
+def test_extreme_states_are_gymnasiums(robot, tmp_path):
+    """Limits of health, clipped velocities and clipped contact costs, at states that random actions do not reach."""
+    states = EXTREME_STATES[robot]
+    ours, oracle = make_ours(robot, len(states)), make_oracle(robot, len(states), tmp_path)
+    ours.reset(seed=5)
+    oracle.reset(seed=5)
+    for i, (field, index, value) in enumerate(states):
+        env = oracle.env.envs[i].unwrapped
+        state = {"qpos": env.data.qpos.copy(), "qvel": env.data.qvel.copy()}
+        state[field][index] = value
+        env.set_state(**state)
+        getattr(ours.batch, field)[i, index] = value
+    ours.batch.forward()
+    actions = np.zeros(oracle.action_space.shape, np.float32)
+    theirs = [oracle.step(actions) for _ in range(2)]
+    if robot == "HumanoidStandup":
+        assert theirs[0][4]["reward_impact"].min() == -10  # the upper end of the range of the impact cost
+    else:
+        assert theirs[0][2].any()
+        assert not theirs[0][2].all()
+    if robot == "Humanoid":
+        assert theirs[0][4]["final_info"]["reward_contact"].min() == -10
+    assert_same_run([ours.step(actions) for _ in range(2)], theirs)
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_resets_are_gymnasiums(robot, tmp_path):
+    """An int, no seed and a list of seeds give Gymnasium's initial states, all of them different."""
+    ours, oracle = make_ours(robot, 3), make_oracle(robot, 3, tmp_path)
+    seen = []
+    for seed in (11, None, None, [5, 2, 11], None):
+        seen.append(ours.reset(seed=seed)[0])
+        assert_same_bits(seen[-1], oracle.reset(seed=seed)[0])
+    same = [(a, b) for a, b in itertools.combinations(np.concatenate(seen), 2) if np.array_equal(a, b)]
+    assert len(same) == 2  # seed 11 is used twice, and its stream goes on the same way both times
+    np.testing.assert_array_equal(seen[3][2], seen[0][0])
+    np.testing.assert_array_equal(seen[4][2], seen[1][0])
+
+
+def test_unseeded_resets_differ():
+    """Without any seed, environments and vector environments start in different states."""
+    a, b = (make_ours("Hopper", 2).reset()[0] for _ in range(2))
+    assert len({row.tobytes() for row in (*a, *b)}) == 4
+
+
+@pytest.mark.parametrize("robot", ["Hopper", "Ant", "Reacher"])
+def test_environment_i_of_seed_s_is_environment_0_of_seed_s_plus_i(robot):
+    """An environment's run depends on its own seed and actions only, through autoresets as well."""
+    actions = random_actions(make_ours(robot, 1).single_action_space, 60, 3)
+    together = record(make_ours(robot, 3), 20, actions)
+    for i in range(3):
+        alone = record(make_ours(robot, 1), 20 + i, actions[:, i : i + 1])
+        for ours, one in zip(together, alone, strict=True):
+            for field in range(min(len(ours) - 1, 4)):
+                assert_same_bits(ours[field][i : i + 1], one[field])
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_results_do_not_depend_on_threads(robot):
+    """One, two and three threads give the same bits, for any number of environments per thread."""
+    actions = random_actions(make_ours(robot, 1).single_action_space, 30, 5)
+    one = record(make_ours(robot, 5, 1), 6, actions)
+    for num_threads in (2, 3):
+        vec = make_ours(robot, 5, num_threads)
+        assert vec.batch.nthread == num_threads
+        assert_same_run(record(vec, 6, actions), one)
+
+
+@pytest.mark.parametrize(("field", "value"), [("qvel", np.nan), ("qvel", 1e11), ("qvel", 1e9), ("qpos", np.inf)])
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_diverged_simulation_ends_alone(robot, field, value):
+    """It ends as terminated, finite and counted, starts anew from its own stream, and touches no other simulation."""
+    vec, untouched = make_ours(robot, 3, 2), make_ours(robot, 3, 2)
+    actions = random_actions(vec.single_action_space, 8, 3)
+    second_start = make_ours(robot, 3)
+    second_start.reset(seed=30)
+    second_start = second_start.reset()[0]
+    vec.reset(seed=30)
+    untouched.reset(seed=30)
+    for t, action in enumerate(actions):
+        if t in (2, 5):
+            getattr(vec.batch, field)[1] = value
+        obs, rewards, terminations, truncations, infos = vec.step(action)
+        expected = untouched.step(action)
+        for i in (0, 2):
+            assert_same_bits(obs[i], expected[0][i])
+            assert rewards[i] == expected[1][i]
+            assert (terminations[i], truncations[i]) == (expected[2][i], expected[3][i]) == (False, False)
+        assert np.isfinite(obs).all()
+        assert np.isfinite(rewards).all()
+        assert terminations[1] == (t in (2, 5))
+        assert not truncations[1]
+        assert vec.env.num_diverged == (t >= 2) + (t >= 5)
+        if t in (2, 5):
+            assert rewards[1] == 0
+            assert infos["_final_obs"].tolist() == [False, True, False]
+            assert np.isfinite(infos["final_obs"][1]).all()
+            assert infos["episode"]["l"].tolist() == [0, 3, 0]
+        if t == 2:
+            assert_same_bits(obs[1], second_start[1])
+    assert untouched.env.num_diverged == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 4), (1, 3), (2, 3), (3,), (9,), ()])
+def test_wrong_action_shape_is_an_error(shape):
+    """Also a shape that NumPy would broadcast."""
+    vec = make_ours("Hopper", 3)
+    vec.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions must have shape \(3, 3\)"):
+        vec.step(np.zeros(shape))
+
+
+def test_step_leaves_the_actions_alone():
+    """The caller may use its actions again, and may change them afterwards."""
+    vec, other = make_ours("Ant", 2), make_ours("Ant", 2)
+    vec.reset(seed=0)
+    other.reset(seed=0)
+    actions = random_actions(vec.single_action_space, 1, 2)[0]
+    before = actions.copy()
+    first = vec.step(actions)[0]
+    assert_same_bits(actions, before)
+    assert_same_bits(first, other.step(before)[0])
+    actions[:] = 0
+    assert_same_bits(vec.step(before)[0], other.step(before)[0])
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_spaces_and_time_limit_are_gymnasiums(robot, tmp_path):
+    """The spaces and the limit of the registered task; what comes back is in the spaces."""
+    ours, oracle = make_ours(robot, 2), make_oracle(robot, 2, tmp_path)
+    for space in ("observation_space", "single_observation_space", "action_space", "single_action_space"):
+        assert getattr(ours, space) == getattr(oracle, space)
+    assert ours.num_envs == 2
+    assert ours.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    assert ours.env.max_episode_steps == gym.spec(GYM_ID[robot]).max_episode_steps
+    ours.action_space.seed(0)
+    obs, _ = ours.reset(seed=0)
+    assert obs in ours.observation_space
+    obs, rewards, terminations, truncations, _ = ours.step(ours.action_space.sample())
+    assert obs in ours.observation_space
+    assert (rewards.dtype, terminations.dtype, truncations.dtype) == (np.float64, np.bool_, np.bool_)
+    assert rewards.shape == terminations.shape == truncations.shape == (2,)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+@pytest.mark.parametrize(("gym_id", "partition"), [("Ant-v4", "4x2"), ("InvertedPendulum-v5", "1x1")])
+def test_any_gymnasium_robot_works(gym_id, partition):
+    """Gymnasium's other MuJoCo environments run on its own vectorisation, through autoresets."""
+    vec = envs.make_vec(f"{gym_id}-{partition}", 2)
+    oracle = gym.make_vec(gym_id, 2, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+    actions = random_actions(oracle.single_action_space, 100, 2)
+    ours, theirs = record(vec, 7, actions), record(RecordEpisodeStatistics(oracle), 7, actions)
+    assert np.any([step[2] for step in ours[1:]])
+    for our, their in zip(ours, theirs, strict=True):
+        for field in range(len(our) - 1):
+            assert_same_bits(our[field], their[field])
+        assert "episode" not in our[-1] or our[-1]["episode"]["l"].tolist() == their[-1]["episode"]["l"].tolist()
+    assert sorted(np.concatenate(vec.partition.act_ids)) == list(range(oracle.single_action_space.shape[0]))
+    assert all(len(ids) == oracle.single_observation_space.shape[0] for ids in vec.partition.obs_ids)
+
+
+TWO_ARMS = """
+<mujoco>
+  <worldbody>
+    <body name="cart">
+      <joint name="slide" type="slide" axis="1 0 0"/>
+      <geom size="0.1"/>
+      <body name="left" pos="0 -0.5 0"><joint name="left" axis="0 1 0"/><geom size="0.1" pos="0 0 -0.5"/></body>
+      <body name="right" pos="0 0.5 0"><joint name="right" axis="0 1 0"/><geom size="0.1" pos="0 0 -0.5"/></body>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor joint="right" ctrlrange="-2 2" ctrllimited="true"/>
+    <motor joint="left" ctrlrange="-2 2" ctrllimited="true"/>
+  </actuator>
+</mujoco>
+"""
+
+
+class TwoArmsEnv(MujocoEnv):
+    """A user's robot: two arms on a cart, the actuators in the other order than the joints."""
+
+    def __init__(self, xml_file: str, describe: bool = True) -> None:
+        super().__init__(xml_file, 2, Box(-np.inf, np.inf, (6,), np.float64))
+        if describe:
+            self.observation_structure = {"skipped_qpos": 0, "qpos": 3, "qvel": 3}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.do_simulation(action, self.frame_skip)
+        return self.state_vector(), float(self.data.qpos[0]), False, False, {}
+
+    def reset_model(self) -> np.ndarray:
+        self.set_state(self.np_random.uniform(size=3), self.np_random.uniform(size=3))
+        return self.state_vector()
+
+
+@pytest.fixture
+def two_arms(tmp_path):
+    """Register the user's robot for one test."""
+    (tmp_path / "two_arms.xml").write_text(TWO_ARMS)
+    gym.register("TwoArms-v0", TwoArmsEnv, max_episode_steps=7, kwargs={"xml_file": str(tmp_path / "two_arms.xml")})
+    yield "TwoArms-v0"
+    del gym.registry["TwoArms-v0"]
+
+
+@pytest.mark.parametrize(
+    ("agent_obsk", "obs_ids"),
+    [
+        (None, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),
+        (0, [[0, 2, 3, 5], [0, 1, 3, 4]]),  # the right arm, the left arm, and the cart for both
+        (1, [[0, 1, 2, 3, 5], [0, 1, 2, 3, 4]]),
+    ],
+)
+def test_a_users_robot_works(two_arms, agent_obsk, obs_ids):
+    """A registered environment with its own XML steps, truncates, resets and is partitioned by its kinematic tree."""
+    vec = envs.make_vec(f"{two_arms}-2x1", 2, agent_obsk)
+    assert [ids.tolist() for ids in vec.partition.act_ids] == [[0], [1]]
+    assert [ids.tolist() for ids in vec.partition.obs_ids] == obs_ids
+    obs, _ = vec.reset(seed=8)
+    single = gym.make(two_arms)
+    expected, _ = single.reset(seed=9)
+    for t in range(1, 10):
+        assert_same_bits(obs[1], expected)
+        obs, rewards, terminations, truncations, infos = vec.step(np.full((2, 2), t / 10, np.float32))
+        expected, reward, _, truncated, _ = single.step(np.full(2, t / 10, np.float32))
+        assert rewards[1] == reward
+        assert terminations.tolist() == [False, False]
+        assert truncations.tolist() == [t == 7] * 2 == [truncated] * 2
+        if truncated:
+            assert_same_bits(infos["final_obs"][1], expected)
+            assert infos["episode"]["l"].tolist() == [7, 7]
+            expected, _ = single.reset()
+
+
+def test_a_users_robot_must_describe_its_observation_to_be_split(two_arms, tmp_path):
+    """Without `observation_structure`, only the whole state can be shown; other things than robots are refused."""
+    gym.registry[two_arms].kwargs["describe"] = False
+    assert envs.make_vec(f"{two_arms}-2x1", 1).partition.num_agents == 2
+    with pytest.raises(ValueError, match="observation_structure"):
+        envs.make_vec(f"{two_arms}-2x1", 1, agent_obsk=0)
+    with pytest.raises(ValueError, match="CartPole-v1 is not a Gymnasium MujocoEnv"):
+        envs.make_vec("CartPole-v1-1x1", 1)
+
+
+@pytest.mark.parametrize(("kwargs", "wrong"), [({"num_envs": 0}, "num_envs is 0"), ({"num_threads": -1}, "is -1")])
+def test_wrong_sizes_are_errors(kwargs, wrong):
+    """One line that says what would be right."""
+    with pytest.raises(ValueError, match=wrong) as error:
+        envs.make_vec("Hopper-3x1", **{"num_envs": 1, **kwargs})
+    assert "\n" not in str(error.value)
+
+
+def test_making_a_robot_is_silent(tmp_path, capfd):
+    """MuJoCo's remarks on the model files reach neither the screen nor a log file; the handler is put back."""
+    mujoco.set_mju_user_warning(None)
+    handler = mujoco.get_mju_user_warning()
+    envs.make_vec("CoupledHalfCheetah-1p1", 1, num_threads=1)
+    assert mujoco.get_mju_user_warning() is handler
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
