@@ -68,7 +68,7 @@ class Args:
     # Algorithm
     num_envs: int = 20
     """number of parallel environments"""
-    num_steps: int = 200
+    num_steps: int = 100
     """steps in each environment per iteration; the batch is num_envs * num_steps"""
     critic_learning_rate: float = 5e-4
     """learning rate of the critic"""
@@ -78,11 +78,11 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimation"""
-    critic_epochs: int = 10
+    critic_epochs: int = 5
     """passes of the critic over the batch per iteration"""
-    num_minibatches: int = 1
+    num_minibatches: int = 2
     """minibatches per pass; must divide the batch"""
-    target_kl: float = 0.01
+    target_kl: float = 0.002
     """delta: radius of the trust region of one agent's step, mean KL in nats"""
     backtrack_coeff: float = 0.8
     """alpha: what a rejected step is multiplied with"""
@@ -94,13 +94,13 @@ class Args:
     """iterations of the conjugate gradient"""
     cg_damping: float = 0.1
     """what is added to the Fisher matrix's diagonal in the conjugate gradient"""
-    fisher_stride: int = 1
+    fisher_stride: int = 5
     """the Fisher matrix is taken on every n-th row of the batch; the line search's KL always on all"""
     ent_coef: float = 0.0
     """coefficient of the entropy bonus, a part of the objective"""
     max_grad_norm: float = 10.0
     """largest norm of a network's gradient; longer ones are scaled down"""
-    hidden_sizes: tuple[int, ...] = (128, 128, 128)
+    hidden_sizes: tuple[int, ...] = (128, 128)
     """sizes of the hidden layers of actors and critic"""
     share_param: bool = False
     """ablation: one network for all agents, which is told the agent's id"""

@@ -67,7 +67,7 @@ class Args:
     # Algorithm
     num_envs: int = 20
     """number of parallel environments"""
-    num_steps: int = 200
+    num_steps: int = 100
     """steps in each environment per iteration; the batch is num_envs * num_steps"""
     learning_rate: float = 5e-4
     """learning rate of the actors"""
@@ -79,11 +79,11 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimation"""
-    update_epochs: int = 10
+    update_epochs: int = 5
     """passes of each actor over the batch per iteration"""
-    critic_epochs: int = 10
+    critic_epochs: int = 5
     """passes of the critic over the batch per iteration"""
-    num_minibatches: int = 1
+    num_minibatches: int = 2
     """minibatches per pass; must divide the batch"""
     clip_coef: float = 0.1
     """epsilon of the clipped objective"""
@@ -91,7 +91,7 @@ class Args:
     """coefficient of the entropy bonus"""
     max_grad_norm: float = 10.0
     """largest norm of a network's gradient; longer ones are scaled down"""
-    hidden_sizes: tuple[int, ...] = (128, 128, 128)
+    hidden_sizes: tuple[int, ...] = (128, 128)
     """sizes of the hidden layers of actors and critic"""
     share_param: bool = False
     """ablation: one network for all agents, which is told the agent's id"""

@@ -116,7 +116,7 @@ def _quiet_compiler() -> Iterator[None]:
 
 
 def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> MujocoEnv:
-    """Gymnasium's environment object of one of `ROBOTS`; the partition says how many segments the many-segment ones get."""
+    """Gymnasium's environment object of one of `ROBOTS`; the partition also says how many segments it gets."""
     if robot == "CoupledHalfCheetah":
         return models.CoupledHalfCheetahEnv()
     if robot not in SEGMENTED:
@@ -137,7 +137,7 @@ def _make_gymnasium_vec(
     """
     try:
         env = gym.make(gym_id).unwrapped
-    except (gym.error.Error, ModuleNotFoundError) as e:
+    except (gym.error.Error, ImportError) as e:
         env_id = f"{gym_id}-{partition}" if gym_id else str(partition)
         known = {known.lower(): known for known in (*ENV_IDS, *(f"{robot}-<partition>" for robot in ROBOTS))}
         near = [known[n] for n in difflib.get_close_matches(env_id.lower(), known, n=4, cutoff=0.4)] or ENV_IDS

@@ -77,9 +77,7 @@ def coupled_half_cheetah() -> mujoco.MjModel:
         torso.add_site(name="t", size=[0.1, 0.005, 0.005])
         spec.worldbody.add_frame().attach_body(torso, "", str(i))
         tendon.wrap_site(f"t{i}")
-    model = spec.compile()
-    mujoco.mj_setTotalmass(model, 14)
-    return model
+    return spec.compile()
 
 
 class ManySegmentSwimmerEnv(SwimmerEnv):

@@ -110,7 +110,13 @@ class MujocoVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start all episodes. An int seeds environment i with `seed + i`, as Gymnasium's vector environments do."""
+        """Start all episodes. An int seeds environment i with `seed + i`, as Gymnasium's vector environments do.
+
+        Raises:
+            ValueError: when there are options: all environments are always reset.
+        """
+        if options:
+            raise ValueError(f"reset takes no options, not {options}")
         if seed is not None or not self._rngs:
             seeds = [None if seed is None else seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
             self._rngs = [np_random(s)[0] for s in seeds]

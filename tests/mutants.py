@@ -1,0 +1,133 @@
+"""Break one line, see red: faults in the scripts and in envs/, one at a time in a copy; the tests must catch every one.
+
+    python tests/mutants.py            # all, prints a table, exit code 1 if one survives
+    python tests/mutants.py 3 17       # only these
+
+A fault in a line that several scripts have is made in all of them, and tests/test_siblings.py does not take part, so that
+what is caught is the fault and not the difference.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("mappo_mamujoco.py", "happo_mamujoco.py", "hatrpo_mamujoco.py")
+ORDER = (
+    "gae",
+    "policy",
+    "trust_region",
+    "updates",
+    "exact_games",
+    "partition",
+    "models",
+    "tasks",
+    "scripts",
+    "learning",
+)
+
+# What is wrong, the files, the line's text, what it becomes.
+MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
+    ("sign of the clipped objective", SCRIPTS[:2], "policy_loss = -torch.min(", "policy_loss = torch.min("),
+    ("max instead of min", SCRIPTS[:2], "-torch.min(", "-torch.max("),
+    ("only the upper side clipped", SCRIPTS[:2], "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(max=1 + clip_coef)"),
+    ("only the lower side clipped", SCRIPTS[:2], "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(min=1 - clip_coef)"),
+    ("entropy bonus as a penalty", SCRIPTS[:2], "policy_loss - ent_coef * entropy", "policy_loss + ent_coef * entropy"),
+    ("entropy bonus as a penalty (HATRPO)", SCRIPTS[2:], "+ args.ent_coef * actor.entropy", "- args.ent_coef * actor.entropy"),
+    ("log-probability not summed over dimensions", SCRIPTS, "-0.5 * z.square().sum(-1)", "-0.5 * z.square().mean(-1)"),
+    ("log_std taken for a variance", SCRIPTS, "z = (actions - mean) * torch.exp(-log_std)", "z = (actions - mean) * torch.exp(-log_std / 2)"),
+    ("gradient never clipped", SCRIPTS[1:2], "nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)", "pass"),
+    ("M not updated", SCRIPTS[1:], "            M = M * torch.exp(", "            _ = M * torch.exp("),
+    ("M multiplied with the inverse ratio", SCRIPTS[1:], "            M = M * torch.exp(", "            M = M / torch.exp("),
+    ("M starts again from A", SCRIPTS[1:], "            M = M * torch.exp(", "            M = advantages * torch.exp("),
+    ("M normalised after each agent", SCRIPTS[1:], "    return stats, M\n", "    return stats, M / M.std()\n"),
+    ("the actors see A instead of M", SCRIPTS[1:2], "logprobs[i][mb], M[mb]", "logprobs[i][mb], advantages[mb]"),
+    ("order never random", SCRIPTS[1:], "if args.fixed_order else order:", "if args.fixed_order else sorted(order):"),
+    ("KL the wrong way round", SCRIPTS[2:], "(old_mean, old_log_std), (mean, log_std) = old, new", "(old_mean, old_log_std), (mean, log_std) = new, old"),
+    ("no damping", SCRIPTS[2:], "H(v) + args.cg_damping * v", "H(v)"),
+    ("log_std outside the trust region", SCRIPTS[2:], "    params = list(actor.parameters())\n    old_params", "    params = list(actor.net.parameters())\n    old_params"),
+    ("half the step length", SCRIPTS[2:], "torch.sqrt(2 * args.target_kl", "torch.sqrt(args.target_kl"),
+    ("KL not checked in the line search", SCRIPTS[2:], "expected_gain and kl <= target_kl", "expected_gain"),
+    ("gain not checked in the line search", SCRIPTS[2:], "if gain >= accept_ratio * scale * expected_gain and kl", "if kl"),
+    ("gain of a full step expected from a short one", SCRIPTS[2:], "accept_ratio * scale * expected_gain", "accept_ratio * expected_gain"),
+    ("one backtrack too few", SCRIPTS[2:], "range(backtrack_iters + 1)", "range(backtrack_iters)"),
+    ("rejected step's KL and gain reported", SCRIPTS[2:], "new_params, gain, kl = params, torch.zeros_like(gain), torch.zeros_like(kl)", "new_params = params"),
+    ("rejected step kept", SCRIPTS[2:], "    vector_to_parameters(new_params, params)\n    with", "    with"),
+    ("steepest descent for conjugate gradient", SCRIPTS[2:], "direction = residual + rr / old_rr * direction", "direction = residual"),
+    ("conjugate gradient never stops", SCRIPTS[2:], "        if rr < tolerance:\n            break\n", ""),
+    ("Fisher matrix on the wrong rows' scale", SCRIPTS[2:], "kl = gaussian_kl(tuple(d.detach() for d in dist), dist).mean()", "kl = gaussian_kl(tuple(d.detach() for d in dist), dist).sum()"),
+    ("truncation taken for termination", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * (1 - terminations) * (1 - truncations) * next_values"),
+    ("termination ignored", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * next_values"),
+    ("advantages cross truncations", SCRIPTS, "(1 - terminations) * (1 - truncations)  # nothing", "(1 - terminations)  # nothing"),
+    ("GAE off by one", SCRIPTS, "deltas[t] + carry[t] * last", "deltas[t] + carry[t - 1] * last"),
+    ("lambda forgotten", SCRIPTS, "carry = gamma * gae_lambda *", "carry = gamma *"),
+    ("next episode's observation leaks into the ended one", SCRIPTS, "next_obs[done] = self.normalize_obs(final_obs)", "pass"),
+    ("normaliser not frozen", SCRIPTS, "        if self.training:\n            self.obs_rms.update(obs)\n            self.returns", "        if True:\n            self.obs_rms.update(obs)\n            self.returns"),
+    ("normaliser updated twice", SCRIPTS, "self.return_rms.update(self.returns[:, None])", "[self.return_rms.update(self.returns[:, None]) for _ in 'ab']"),
+    ("discounted return crosses episodes", SCRIPTS, "self.returns = self.returns * (1 - terminations) * (1 - truncations)", "pass"),
+    ("variance not pooled with the means' distance", SCRIPTS, " + delta**2 * self.count * n / total) / total", ") / total"),
+    ("actions not clipped", SCRIPTS, "actions.clamp(-1, 1).cpu()", "actions.cpu()"),
+    ("actions not scaled to the actuators", SCRIPTS, "self.action_mid + self.action_half * actions", "actions"),
+    ("outputs in agent order, not on the actuators", SCRIPTS, "self.output_ids[act_ids] =", "self.output_ids[sorted(act_ids)] ="),
+    ("each agent drives the first actuators", SCRIPTS, "self.log_std[act_ids] =", "self.log_std[: len(act_ids)] ="),
+    ("shared network does not learn the agent's id", SCRIPTS, "F.one_hot(torch.tensor(agent), partition.num_agents)", "F.one_hot(torch.tensor(0), partition.num_agents)"),
+    ("rollout forgets the agent's id", SCRIPTS, "weights[i][0][:, i - num_agents]", "weights[i][0][:, -1]"),
+    ("parameters not shared", SCRIPTS, "actors = [copy.copy(shared)", "actors = [copy.deepcopy(shared)"),
+    ("minibatches not from the seed", SCRIPTS, "torch.randperm(batch_size, generator=generator, device", "torch.randperm(batch_size, device"),
+    ("critic sees the wrong rows", SCRIPTS, "critic(obs[mb]).squeeze(-1) - returns[mb]", "critic(obs[mb]).squeeze(-1) - returns[mb].flip(0)"),
+    ("value loss broadcast to a matrix", SCRIPTS, "critic(obs[mb]).squeeze(-1) - returns[mb]", "critic(obs[mb]) - returns[mb]"),
+    ("one physics step per environment step", ("envs/tasks.py",), "self.batch.step(nstep=self.env.frame_skip)", "self.batch.step(nstep=1)"),
+    ("contact forces never computed", ("envs/tasks.py",), "                mujoco.mj_rnePostConstraint(self.env.model, self._data)\n", ""),
+    ("time limit off by one", ("envs/tasks.py",), "self._elapsed_steps >= self.max_episode_steps", "self._elapsed_steps > self.max_episode_steps"),
+    ("elapsed steps not reset", ("envs/tasks.py",), "        self._elapsed_steps[ids] = 0\n", ""),
+    ("all environments have one seed", ("envs/tasks.py",), "seed + i for i in", "seed for i in"),
+    ("first observation of the next episode not returned", ("envs/tasks.py",), "            observations[done] = self._observation()[done]\n", ""),
+    ("a diverged simulation goes on", ("envs/tasks.py",), "            terminations |= diverged\n", ""),
+    ("control cost a mean", ("envs/tasks.py",), "np.square(actions).sum(axis=1)\n\n\nclass HalfCheetah", "np.square(actions).mean(axis=1)\n\n\nclass HalfCheetah"),
+    ("Hopper's velocities not clipped", ("envs/tasks.py",), "np.clip(self.qvel, -10, 10)", "self.qvel"),
+    ("joints one edge too far", ("envs/partition.py",), "np.linalg.matrix_power(graph, agent_obsk)", "np.linalg.matrix_power(graph, agent_obsk + 1)"),
+    ("Ant's diagonals swapped for sides", ("envs/partition.py",), '"2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]]', '"2x4d": [[2, 3, 6, 7], [4, 5, 0, 1]]'),
+    ("the root hidden from the agents", ("envs/partition.py",), "(e not in owned and e[0] not in body_fields)", "e[0] == 'global'"),
+    ("neighbours across the world body", ("envs/partition.py",), 'return "root", model.body_rootid[model.jnt_bodyid[joint]]', 'return "root", 0'),
+]  # fmt: skip
+
+
+def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> str:
+    """Make the fault in a temporary copy, run the tests until one fails; return its name, or "" if none does."""
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp, "project")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "benchmark", "__pycache__"))
+        for file in files:
+            text = (copy / file).read_text()
+            if text.count(old) != 1:
+                raise SystemExit(f"{description}: {old!r} occurs {text.count(old)} times in {file}, not once")
+            (copy / file).write_text(text.replace(old, new))
+        first = ("partition", "models", "tasks") if files[0].startswith("envs/") else ()
+        tests = [f"tests/test_{name}.py" for name in dict.fromkeys((*first, *ORDER))]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
+        out = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
+    failed = [line.split()[1] for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].removeprefix("tests/") if failed else ""
+
+
+def main() -> None:
+    """Print the table; exit with 1 if a mutant survives."""
+    chosen = [int(number) for number in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
+    survivors = 0
+    for number in chosen:
+        start = time.time()
+        caught = run_mutant(*MUTANTS[number - 1])
+        survivors += not caught
+        print(
+            f"| {number} | {MUTANTS[number - 1][0]} | {caught or 'SURVIVED'} | {time.time() - start:.0f} s |",
+            flush=True,
+        )
+    print(f"{len(chosen)} mutants, {survivors} survived")
+    raise SystemExit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
