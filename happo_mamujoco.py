@@ -124,8 +124,8 @@ class RunningMeanStd(nn.Module):
 class NormalizedEnv:
     """A vector environment in the learner's terms: normalised float32 tensors on its device, actions in [-1, 1].
 
-    Observations and rewards are divided by running statistics, which only change while `training` is set. Rewards are
-    scaled by the standard deviation of the discounted return, their mean is kept.
+    Observations are standardised, rewards are divided by the standard deviation of the discounted return. The running
+    statistics of both change only while `training` is set.
     """
 
     def __init__(self, vec: gym.vector.VectorEnv, gamma: float, device: torch.device, clip: float = 10.0) -> None:
@@ -276,10 +276,8 @@ class JointPolicy:
                 biases[i][0] = biases[i][0] + weights[i][0][:, i - num_agents]
             weights[i][0] = first
             missing = max_act_dim - len(biases[i][-1])
-            weights[i][-1], biases[i][-1] = (
-                F.pad(weights[i][-1], (0, 0, 0, missing)),
-                F.pad(biases[i][-1], (0, missing)),
-            )
+            weights[i][-1] = F.pad(weights[i][-1], (0, 0, 0, missing))
+            biases[i][-1] = F.pad(biases[i][-1], (0, missing))
             self.log_std[act_ids] = actors[i].log_std[: len(act_ids)]
             self.agent_of[act_ids, i] = 1
             self.output_ids[act_ids] = i * max_act_dim + torch.arange(len(act_ids), device=device)

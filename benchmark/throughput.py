@@ -8,14 +8,15 @@ what else happens on the machine hits them alike. Run it on an idle machine.
 
 import csv
 import re
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +77,7 @@ def raw_stepper(env_id: str, num_envs: int, num_threads: int) -> Callable[[], No
     batch = Batch(env.model, num_envs, num_threads)
     low, high = env.action_space.low, env.action_space.high
     controls = np.random.default_rng(0).uniform(low, high, (100, num_envs, env.model.nu))
-    ctrl, step = batch.ctrl, iter(range(sys.maxsize))
+    ctrl, step = batch.ctrl, count()
     batch.reset()
 
     def run() -> None:
@@ -94,7 +95,7 @@ def vec_stepper(vec: gym.vector.VectorEnv) -> Callable[[], None]:
     vec.reset(seed=0)
     space = vec.single_action_space
     actions = np.random.default_rng(0).uniform(space.low, space.high, (100, *vec.action_space.shape))
-    actions, step = actions.astype(np.float32), iter(range(sys.maxsize))
+    actions, step = actions.astype(np.float32), count()
     return lambda: vec.step(actions[next(step) % 100])
 
 
@@ -114,25 +115,26 @@ def mamujoco_stepper(robot: str, partition: str) -> Callable[[], None]:
     return run
 
 
+def row(part: str, what: str, value: float, unit: str) -> dict:
+    """One line of the table."""
+    return {"part": part, "what": what, "value": f"{value:.4g}", "unit": unit}
+
+
 def measure_env(args: Args) -> list[dict]:
     """Steps per second of our environments, of bare physics, and of the alternatives."""
     rows = []
-    mamujoco = {"HalfCheetah": "6x1", "Walker2d": "2x3", "Ant": "4x2", "Humanoid": "9|8"}
-    for robot, partition in mamujoco.items():
+    for robot, partition in {"HalfCheetah": "6x1", "Walker2d": "2x3", "Ant": "4x2", "Humanoid": "9|8"}.items():
         for num_envs in (16, 64):
-            env_id = f"{robot}-{partition}"
-            sync = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+            env_id, same_step = f"{robot}-{partition}", {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
             jobs = {
                 "raw mujoco.batch": raw_stepper(env_id, num_envs, args.num_threads),
                 "envs.make_vec": vec_stepper(envs.make_vec(env_id, num_envs, num_threads=args.num_threads)),
-                "SyncVectorEnv": vec_stepper(gym.make_vec(f"{robot}-v5", num_envs, "sync", vector_kwargs=sync)),
+                "SyncVectorEnv": vec_stepper(gym.make_vec(f"{robot}-v5", num_envs, "sync", vector_kwargs=same_step)),
                 "mamujoco_v1": mamujoco_stepper(robot, partition),
             }
             for name, seconds in take_turns(jobs, args.repeats).items():
                 steps = (1 if name == "mamujoco_v1" else num_envs) / seconds
-                rows.append(
-                    {"part": "env", "what": f"{env_id} x {num_envs}: {name}", "value": steps, "unit": "steps/s"}
-                )
+                rows.append(row("env", f"{env_id} x {num_envs}: {name}", steps, "steps/s"))
     return rows
 
 
@@ -143,25 +145,24 @@ def measure_rollout(args: Args) -> list[dict]:
     env, generator = script.NormalizedEnv(vec, 0.99, torch.device("cpu")), torch.Generator().manual_seed(0)
     actors = script.make_actors(vec.partition, script.Args.hidden_sizes, False, generator)
     policy = script.JointPolicy(actors, vec.partition, 17, False)
-    storage = [torch.zeros(64, 17), torch.zeros(64, 17), torch.zeros(64), torch.zeros(64), torch.zeros(64)]
+    obs_buf, next_obs_buf, (rewards, terminations, truncations) = *torch.zeros(2, 64, 17), torch.zeros(3, 64)
+    actions, logprobs = torch.zeros(64, 6), torch.zeros(64, 6)
     obs = env.reset(0)
 
     def step() -> None:
         nonlocal obs
-        storage[0][:] = obs
-        actions, _ = policy.act(obs, generator)
-        obs, *rest, _ = env.step(actions)
-        for buffer, value in zip(storage[1:], rest, strict=True):
-            buffer[:] = value
+        obs_buf[:] = obs
+        actions[:], logprobs[:] = policy.act(obs, generator)
+        obs, next_obs_buf[:], rewards[:], terminations[:], truncations[:], _ = env.step(actions)
 
-    jobs = {"raw mujoco.batch": raw_stepper("HalfCheetah-6x1", 64, args.num_threads), "rollout": step}
-    jobs["policy.act"] = lambda: policy.act(obs, generator)
-    jobs["envs.make_vec"] = vec_stepper(envs.make_vec("HalfCheetah-6x1", 64, num_threads=args.num_threads))
+    jobs = {
+        "raw mujoco.batch": raw_stepper("HalfCheetah-6x1", 64, args.num_threads),
+        "envs.make_vec": vec_stepper(envs.make_vec("HalfCheetah-6x1", 64, num_threads=args.num_threads)),
+        "policy alone": lambda: policy.act(obs, generator),
+        "whole rollout": step,
+    }
     times = take_turns(jobs, args.repeats)
-    return [
-        {"part": "rollout", "what": f"HalfCheetah-6x1 x 64: {name}", "value": 64 / seconds, "unit": "steps/s"}
-        for name, seconds in times.items()
-    ]
+    return [row("rollout", f"HalfCheetah-6x1 x 64: {name}", 64 / times[name], "steps/s") for name in jobs]
 
 
 def make_update(name: str, agents: int, rows: int, **hyperparameters: object) -> tuple[Callable[[], object], float]:
@@ -185,7 +186,7 @@ def make_update(name: str, agents: int, rows: int, **hyperparameters: object) ->
         script.critic_update(critic, adam[-1], obs, advantages, args, generator)
 
     sizes = (17, *args.hidden_sizes, 1)
-    forward = 2 * rows * sum(a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    forward = 2 * rows * sum(a * b for a, b in pairwise(sizes))
     # A pass is a forward and a backward of twice its cost. A Fisher product goes backwards through both: six forwards.
     if name == "hatrpo":
         per_agent = 3 + 3 + 2 + 6 * (args.cg_iters + 1) / args.fisher_stride
@@ -195,74 +196,83 @@ def make_update(name: str, agents: int, rows: int, **hyperparameters: object) ->
 
 
 def measure_update(args: Args) -> list[dict]:
-    """All six actors' and the critic's update at HARL's tuned settings, and what its matrix products alone would cost."""
+    """The update of six actors and a critic at HARL's settings, and what its matrix products alone would cost."""
     rows, size = [], 1024
     a, b = torch.randn(2, size, size)
     for name in SCRIPTS:
         run, flops = make_update(name, 6, 4000, **HARL_PPO)
         times = take_turns({"update": run, "product": lambda: a @ b}, args.repeats)
-        rate = 2 * size**3 / times["product"]
-        rows += [
-            {"part": "update", "what": f"{name}: update", "value": times["update"], "unit": "s"},
-            {"part": "update", "what": f"{name}: its arithmetic", "value": flops / rate, "unit": "s"},
-            {"part": "update", "what": f"{name}: ratio", "value": times["update"] * rate / flops, "unit": ""},
-        ]
-    return [*rows, {"part": "update", "what": "matrix product", "value": rate / 1e9, "unit": "GFLOP/s"}]
+        arithmetic = flops / (2 * size**3) * times["product"]
+        rows.append(row("update", f"{name}: update", times["update"], "s"))
+        rows.append(row("update", f"{name}: its matrix products alone", arithmetic, "s"))
+        rows.append(row("update", f"{name}: ratio", times["update"] / arithmetic, ""))
+    return [*rows, row("update", "rate of a large matrix product", 2 * size**3 / times["product"] / 1e9, "GFLOP/s")]
 
 
-def run_script(name: str, steps: int, num_threads: int, flags: list[str], run_dir: Path) -> float:
-    """Environment steps per second that a script reports at the end of a run."""
-    command = [sys.executable, str(ROOT / f"{name}_mamujoco.py"), "--total-timesteps", str(steps), *flags]
-    command += ["--num-threads", str(num_threads), "--run-dir", str(run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return float(re.findall(r"SPS (\d+)", done.stdout)[-1])
+def run_script(name: str, flags: dict[str, object]) -> tuple[float, float]:
+    """Run a script in a process of its own; return its last steps per second and its memory in MB."""
+    program = (
+        "import sys, resource, tyro, {0}_mamujoco as script; script.main(tyro.cli(script.Args));"
+        "print('MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    with tempfile.TemporaryDirectory() as tmp:
+        words = [f"--run-dir={tmp}/run"]
+        for key, value in flags.items():
+            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        command = [sys.executable, "-c", program.format(name), *words]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return float(re.findall(r"SPS (\d+)", out)[-1]), float(re.findall(r"MB (.*)", out)[-1])
 
 
 def measure_script(args: Args) -> list[dict]:
-    """Whole scripts on HalfCheetah-6x1, at the project's defaults and at HARL's tuned settings."""
-    import tempfile
-
-    rows = []
-    harl = {**HARL_PPO, "num_envs": 20}
-    for setting in ("defaults", "HARL's settings"):
-        for name in SCRIPTS:
-            known = import_module(f"{name}_mamujoco").Args.__dataclass_fields__
-            flags = []
-            for key, value in harl.items() if setting != "defaults" else ():
-                if key in known:
-                    flags += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-            with tempfile.TemporaryDirectory() as tmp:
-                runs = [
-                    run_script(name, 40_000, args.num_threads, flags, Path(tmp, str(i))) for i in range(args.repeats)
-                ]
-            rows.append(
-                {"part": "script", "what": f"{name}, {setting}", "value": statistics.median(runs), "unit": "steps/s"}
-            )
-    return rows
+    """Whole scripts on HalfCheetah-6x1, at the project's defaults and at HARL's tuned settings; they take turns."""
+    runs: dict[tuple[str, str], list[float]] = {}
+    for _ in range(args.repeats):
+        for setting, flags in (("defaults", {}), ("HARL's settings", HARL_PPO)):
+            for name in SCRIPTS:
+                known = import_module(f"{name}_mamujoco").Args.__dataclass_fields__
+                chosen = {key: value for key, value in flags.items() if key in known}
+                steps_per_second, _ = run_script(
+                    name, {"total_timesteps": 40_000, "num_threads": args.num_threads, **chosen}
+                )
+                runs.setdefault((name, setting), []).append(steps_per_second)
+    return [
+        row("script", f"{name}, {setting}", statistics.median(sps), "steps/s") for (name, setting), sps in runs.items()
+    ]
 
 
 def measure_growth(args: Args) -> list[dict]:
-    """Steps per second and memory as agents, environments and the batch grow (HAPPO, defaults otherwise)."""
-    cases = [("HalfCheetah", p, 20, 100) for p in ("1x6", "2x3", "3x2", "6x1")] + [("Humanoid", "17x1", 20, 100)]
-    cases += [("HalfCheetah", "6x1", n, max(1, 4096 // n)) for n in (4, 16, 64, 256)]
-    cases += [("HalfCheetah", "6x1", 32, n // 32) for n in (1024, 4096, 16384, 65536)]
+    """Steps per second and memory as agents, environments and the batch grow (HAPPO, else its defaults)."""
+    cases = [(f"HalfCheetah-{p}", 20, 100) for p in ("1x6", "2x3", "3x2", "6x1")] + [("Humanoid-17x1", 20, 100)]
+    cases += [("HalfCheetah-6x1", num_envs, 4096 // num_envs) for num_envs in (4, 16, 64, 256)]
+    cases += [("HalfCheetah-6x1", 32, batch // 32) for batch in (1024, 4096, 16384, 65536)]
     rows = []
-    for robot, partition, num_envs, num_steps in cases:
-        code = (
-            "import sys, resource, happo_mamujoco as s; t = sys.argv;"
-            "s.main(s.Args(env_id=t[1], num_envs=int(t[2]), num_steps=int(t[3]), total_timesteps=3 * int(t[2]) * int(t[3]),"
-            "run_dir=t[4], num_threads=int(t[5]), num_minibatches=1));"
-            "print('MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-        )
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as tmp:
-            argv = [f"{robot}-{partition}", num_envs, num_steps, f"{tmp}/run", args.num_threads]
-            command = [sys.executable, "-c", code, *map(str, argv)]
-            out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-        what = f"{robot}-{partition}, {num_envs} envs x {num_steps}"
-        rows.append(
-            {"part": "growth", "what": what, "value": float(re.findall(r"SPS (\d+)", out)[-1]), "unit": "steps/s"}
-        )
-        rows.append({"part": "growth", "what": what, "value": float(re.findall(r"MB (.*)", out)[-1]), "unit": "MB"})
+    for env_id, num_envs, num_steps in cases:
+        flags = {"env_id": env_id, "num_envs": num_envs, "num_steps": num_steps, "num_threads": args.num_threads}
+        steps_per_second, memory = run_script("happo", flags | {"total_timesteps": 4 * num_envs * num_steps})
+        what = f"{env_id}, {num_envs} envs x {num_steps}"
+        rows += [row("growth", what, steps_per_second, "steps/s"), row("growth", what, memory, "MB")]
     return rows
+
+
+def main(args: Args) -> None:
+    """Measure, print and write."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    measures = {"env": measure_env, "rollout": measure_rollout, "update": measure_update}
+    measures |= {"script": measure_script, "growth": measure_growth}
+    rows = []
+    for part in args.parts:
+        for line in measures[part](args):
+            print(f"{line['part']:8} {line['what']:48} {line['value']:>10} {line['unit']}", flush=True)
+            rows.append(line)
+    if args.csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -16,6 +16,7 @@ import numpy as np
 # One entry of a flat observation: the mjData field that it is read from and its row there (a joint, a degree of freedom
 # or a body), e.g. ("qvel", 3). ("global", 0) is an entry that belongs to no joint: every agent sees it.
 ObsEntry = tuple[str, int]
+BODY_FIELDS = ("cinert", "cvel", "cfrc_ext", "xpos")  # the fields whose rows are bodies
 
 # Partitions whose meaning is not "N agents, each M consecutive actuators". Source of the first four: MaMuJoCo
 # (Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco/obsk.py, get_parts_and_edges). Ant's actuators are, in order, the
@@ -180,20 +181,17 @@ def make_partition(
     graph = joint_graph(model) | np.eye(len(joints), dtype=bool)  # bool: a count of the paths would overflow
     reach = np.linalg.matrix_power(graph, agent_obsk)  # joints at most agent_obsk edges away
 
-    def entries_of(joint: int, fields: Sequence[str]) -> set[ObsEntry]:
+    def joint_terms(joint: int) -> set[ObsEntry]:
         qpos, qvel = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
-        entries = {("qpos", qpos), ("qvel", qvel), ("qfrc_actuator", qvel)}
-        entries |= {(f, b) for b in joint_bodies(model, joint) for f in ("cinert", "cvel", "cfrc_ext", "xpos")}
-        return {e for e in entries if e[0] in fields}
+        return {("qpos", qpos), ("qvel", qvel), ("qfrc_actuator", qvel)}
 
-    all_fields = {field for field, _ in obs_entries}
-    owned = set().union(*(entries_of(j, all_fields - {"cinert", "cvel", "cfrc_ext", "xpos"}) for j in joints))
-    body_fields = {"cinert", "cvel", "cfrc_ext", "xpos"}
+    jointed = set().union(*map(joint_terms, joints))
+    for_all = {entry for entry in obs_entries if entry not in jointed and entry[0] not in BODY_FIELDS}
     obs_ids = []
     for actuators in act_ids:
-        seen = set().union(*(entries_of(joints[a], all_fields) for a in actuators))
-        near = np.flatnonzero(reach[actuators].any(axis=0))
-        seen |= set().union(*(entries_of(joints[a], ("qpos",)) for a in near))
-        ids = [i for i, e in enumerate(obs_entries) if e in seen or (e not in owned and e[0] not in body_fields)]
-        obs_ids.append(np.array(ids, dtype=np.int64))
+        own = joints[actuators]
+        seen = for_all.union(*map(joint_terms, own))
+        seen |= {(field, body) for joint in own for body in joint_bodies(model, joint) for field in BODY_FIELDS}
+        seen |= {("qpos", model.jnt_qposadr[joint]) for joint in joints[reach[actuators].any(axis=0)]}
+        obs_ids.append(np.array([i for i, entry in enumerate(obs_entries) if entry in seen], dtype=np.int64))
     return Partition(tuple(obs_ids), act_ids)

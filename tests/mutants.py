@@ -90,7 +90,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("Hopper's velocities not clipped", ("envs/tasks.py",), "np.clip(self.qvel, -10, 10)", "self.qvel"),
     ("joints one edge too far", ("envs/partition.py",), "np.linalg.matrix_power(graph, agent_obsk)", "np.linalg.matrix_power(graph, agent_obsk + 1)"),
     ("Ant's diagonals swapped for sides", ("envs/partition.py",), '"2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]]', '"2x4d": [[2, 3, 6, 7], [4, 5, 0, 1]]'),
-    ("the root hidden from the agents", ("envs/partition.py",), "(e not in owned and e[0] not in body_fields)", "e[0] == 'global'"),
+    ("the root hidden from the agents", ("envs/partition.py",), "if entry not in jointed and entry[0] not in BODY_FIELDS", "if entry[0] == 'global'"),
     ("neighbours across the world body", ("envs/partition.py",), 'return "root", model.body_rootid[model.jnt_bodyid[joint]]', 'return "root", 0'),
 ]  # fmt: skip
 
