@@ -1,0 +1,647 @@
+"""The updates of actors and critic against PPO and TRPO from scratch, and the factor M that links the agents."""
+
+from collections import Counter
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats as scipy_stats
+from torch.distributions import Independent, Normal, kl_divergence
+
+import happo_mamujoco as happo
+import hatrpo_mamujoco as hatrpo
+import mappo_mamujoco as mappo
+from envs import Partition
+
+each_clipping = pytest.mark.parametrize("script", [mappo, happo], ids=["mappo", "happo"])
+each_sequential = pytest.mark.parametrize("script", [happo, hatrpo], ids=["happo", "hatrpo"])
+each_split = pytest.mark.parametrize("num_minibatches", [1, 4])
+
+SIZES = [(3, 2), (5, 1), (2, 3)]  # observation and action of three agents
+BATCH = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float64():
+    """Let everything here be made in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# Oracles: plain tensors in the order [log_std, weight, bias, weight, bias, ...]
+
+
+def gaussian(params, obs, act_dim=None):
+    """The policy of an MLP with ReLU; the first `act_dim` actions of a shared network."""
+    log_std, *layers = params
+    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+        obs = (obs @ weight.T + bias).clamp(min=0)
+    mean = obs @ layers[-2].T + layers[-1]
+    return Independent(Normal(mean[..., :act_dim], log_std[:act_dim].exp(), validate_args=False), 1)
+
+
+def copies(module):
+    """A module's parameters as plain tensors."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def assert_equal(modules, expected, tolerance=1e-9):
+    """Assert that modules have these parameters."""
+    for module, params in zip(modules, expected, strict=True):
+        torch.testing.assert_close(copies(module), list(params), rtol=tolerance, atol=tolerance)
+
+
+def adam_step(adam, loss, max_grad_norm):
+    """One step of Adam; a gradient longer than `max_grad_norm` is scaled down to it."""
+    params = adam.param_groups[0]["params"]
+    adam.zero_grad()
+    loss.backward()
+    norm = sum((p.grad**2).sum() for p in params).sqrt()
+    if norm > max_grad_norm:
+        for p in params:
+            p.grad *= max_grad_norm / (norm + 1e-6)  # PyTorch's 1e-6
+    adam.step()
+    return norm
+
+
+def clipped_loss(dist, data, M, args):
+    """PPO's loss, by its cases: a positive M earns up to 1 + epsilon, a negative one costs at least 1 - epsilon."""
+    _, actions, logprobs = data
+    ratio = (dist.log_prob(actions) - logprobs).exp()
+    bounded = torch.where(M >= 0, ratio.clamp(max=1 + args.clip_coef), ratio.clamp(min=1 - args.clip_coef))
+    return -(bounded * M).mean() - args.ent_coef * dist.entropy().mean()
+
+
+def ppo(params, data, M, args, batches):
+    """PPO of one agent on these minibatches; return the new parameters."""
+    params = [p.clone().requires_grad_() for p in params]
+    adam = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, foreach=False, fused=False)
+    for mb in batches:
+        own = [x[mb] for x in data]
+        adam_step(adam, clipped_loss(gaussian(params, own[0]), own, M[mb], args), args.max_grad_norm)
+    return [p.detach() for p in params]
+
+
+def trpo(params, data, M, args):
+    """TRPO of one agent with the explicit Hessian and a dense solver; return the parameters and j (None: rejected)."""
+    obs, actions, _ = data
+    shapes = [p.shape for p in params]
+    theta = torch.cat([p.flatten() for p in params])
+
+    def unflatten(flat):
+        return [x.view(s) for x, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+
+    old, rows = gaussian(params, obs), slice(None, None, args.fisher_stride)
+    old_rows = gaussian(params, obs[rows])
+
+    def objective(flat):
+        dist = gaussian(unflatten(flat), obs)
+        ratio = (dist.log_prob(actions) - old.log_prob(actions)).exp()
+        return (ratio * M).mean() + args.ent_coef * dist.entropy().mean()
+
+    def mean_kl(flat):
+        return kl_divergence(old_rows, gaussian(unflatten(flat), obs[rows])).mean()
+
+    g = torch.autograd.functional.jacobian(objective, theta)
+    H = torch.autograd.functional.hessian(mean_kl, theta)
+    x = torch.linalg.solve(H + args.cg_damping * torch.eye(len(theta)), g)
+    beta = (2 * args.target_kl / (x @ H @ x)).sqrt()
+    for j in range(args.backtrack_iters + 1):
+        length = args.backtrack_coeff**j * beta
+        new = theta + length * x
+        kl = kl_divergence(old, gaussian(unflatten(new), obs)).mean()
+        if objective(new) - objective(theta) >= args.accept_ratio * length * (x @ g) and kl <= args.target_kl:
+            return unflatten(new), j
+    return params, None
+
+
+# Problems
+
+
+class Problem:
+    """Actors with random parameters, a batch that they drew, and random advantages."""
+
+    def __init__(self, script, sizes=SIZES, batch=BATCH, seed=0, hidden_sizes=(6, 5)):
+        generator = torch.Generator().manual_seed(seed)
+        self.script, self.actors = script, [script.Actor(o, a, hidden_sizes, generator) for o, a in sizes]
+        with torch.no_grad():
+            for actor in self.actors:
+                for p in actor.parameters():
+                    p.copy_(0.5 * torch.randn(p.shape, generator=generator))
+        self.old = [copies(actor) for actor in self.actors]
+        self.obs = [torch.randn(batch, o, generator=generator) for o, _ in sizes]
+        dists = [gaussian(params, obs) for params, obs in zip(self.old, self.obs, strict=True)]
+        self.actions = [d.mean + d.stddev * torch.randn(d.mean.shape, generator=generator) for d in dists]
+        self.logprobs = [d.log_prob(a) for d, a in zip(dists, self.actions, strict=True)]
+        self.advantages = torch.randn(batch, generator=generator)
+
+    def data(self, i):
+        """Observations, actions and log-probabilities of one agent."""
+        return self.obs[i], self.actions[i], self.logprobs[i]
+
+    def optimizers(self, args, kind=torch.optim.Adam, **changed):
+        """An optimizer per agent, as in `main`."""
+        settings = {"lr": args.learning_rate, "eps": 1e-5, "fused": True} if kind is torch.optim.Adam else {}
+        return [kind(actor.parameters(), **(settings | changed)) for actor in self.actors]
+
+    def update(self, args, optimizers=None, seed=0, agents=slice(None)):
+        """Call the script's update of (some of) the agents."""
+        lists = [x[agents] for x in (self.actors, self.obs, self.actions, self.logprobs)]
+        if self.script is not hatrpo:
+            lists.insert(1, (optimizers or self.optimizers(args))[agents])
+        update = getattr(self.script, self.script.__name__.split("_")[0] + "_update")
+        return update(*lists, self.advantages, args, torch.Generator().manual_seed(seed))
+
+    def ratio(self, i):
+        """What the agent's present policy makes of its actions, over the policy that drew them."""
+        return (gaussian(copies(self.actors[i]), self.obs[i]).log_prob(self.actions[i]) - self.logprobs[i]).exp()
+
+
+# Every setting that an update reads, so that the scripts' defaults may change; what a script does not know is left out.
+SETTINGS = {
+    **{"learning_rate": 0.01, "update_epochs": 3, "clip_coef": 0.2, "ent_coef": 0.01, "max_grad_norm": 10.0},
+    **{"critic_learning_rate": 0.01, "critic_epochs": 2, "num_minibatches": 1, "fixed_order": False},
+    **{"target_kl": 0.05, "backtrack_coeff": 0.8, "backtrack_iters": 10, "accept_ratio": 0.5},
+    **{"cg_iters": 300, "cg_damping": 0.1, "fisher_stride": 1},
+}
+
+
+def make_args(script, **changed):
+    """Arguments of a script: `SETTINGS`, but for what is changed."""
+    return script.Args(**{key: value for key, value in (SETTINGS | changed).items() if hasattr(script.Args, key)})
+
+
+def record_minibatches(monkeypatch, script):
+    """Let `minibatches` leave what it yields on a list."""
+    batches, shipped = [], script.minibatches
+
+    def spy(*args):
+        for mb in shipped(*args):
+            batches.append(mb)
+            yield mb
+
+    monkeypatch.setattr(script, "minibatches", spy)
+    return batches
+
+
+def record_agents(monkeypatch, problem):
+    """Let the function that updates one agent leave the agent's number and its M on a list."""
+    calls, script = [], problem.script
+    name = "trpo_step" if script is hatrpo else "ppo_loss"
+    shipped = getattr(script, name)
+
+    def spy(actor, obs, actions, logprobs, M, *rest):
+        calls.append((next(i for i, a in enumerate(problem.actors) if a is actor), M.clone()))
+        return shipped(actor, obs, actions, logprobs, M, *rest)
+
+    monkeypatch.setattr(script, name, spy)
+    return calls
+
+
+# The clipped loss of one agent
+
+
+@each_clipping
+def test_clipping_by_its_four_cases(script):
+    """The ratio counts within its bounds; beyond them only where it hurts: then there is a gradient, otherwise none."""
+    problem = Problem(script, batch=1)
+    actor, params, (obs, actions, _) = problem.actors[0], problem.old[0], problem.data(0)
+    cases = [  # M, ratio, what is earned, whether a gradient is left
+        (1.0, 1.5, 1.2, False),
+        (1.0, 1.1, 1.1, True),
+        (1.0, 0.9, 0.9, True),
+        (1.0, 0.5, 0.5, True),
+        (-1.0, 1.5, -1.5, True),
+        (-1.0, 1.1, -1.1, True),
+        (-1.0, 0.9, -0.9, True),
+        (-1.0, 0.5, -0.8, False),
+        (3.0, 7.0, 3.6, False),
+        (-3.0, 7.0, -21.0, True),
+    ]
+    for M, ratio, earned, moves in cases:
+        logprobs = gaussian(params, obs).log_prob(actions) - np.log(ratio)
+        loss, stats = script.ppo_loss(actor, obs, actions, logprobs, torch.tensor([M]), 0.2, 0.0)
+        assert loss.item() == pytest.approx(-earned, rel=1e-12)
+        assert stats["ratio"].item() == pytest.approx(ratio, rel=1e-12)
+        assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - np.log(ratio), rel=1e-12)
+        assert stats["clip_fraction"].item() == (abs(ratio - 1) > 0.2)
+        gradients = torch.autograd.grad(loss, list(actor.parameters()))
+        leaves = [p.clone().requires_grad_() for p in params]
+        logprob = gaussian(leaves, obs).log_prob(actions)[0]
+        expected = [-M * ratio * moves * g for g in torch.autograd.grad(logprob, leaves)]
+        torch.testing.assert_close(list(gradients), expected, rtol=1e-10, atol=1e-12)
+
+
+@each_clipping
+def test_ratio_is_joint_over_the_action_dimensions(script):
+    """One dimension twice, the other half as likely: the action's ratio is 1 and nothing is clipped; 4/3 twice is."""
+    problem = Problem(script, batch=1)
+    actor, (obs, actions, _) = problem.actors[0], problem.data(0)
+    per_dimension = gaussian(copies(actor), obs).base_dist.log_prob(actions)
+    for ratios, earned in (((2.0, 0.5), 1.0), ((4 / 3, 4 / 3), 1.5), ((0.5, 0.5), 0.25)):
+        logprobs = (per_dimension - torch.tensor([ratios]).log()).sum(-1)
+        loss, stats = script.ppo_loss(actor, obs, actions, logprobs, torch.ones(1), 0.5, 0.0)
+        assert loss.item() == pytest.approx(-earned, rel=1e-12)
+        assert stats["ratio"].item() == pytest.approx(np.prod(ratios), rel=1e-12)
+
+
+@each_clipping
+def test_loss_and_its_gradient_on_a_batch(script):
+    """Against the loss written by cases, on a batch in which all of them occur; what is logged against NumPy."""
+    problem, args = Problem(script, batch=200), make_args(script, clip_coef=0.3, ent_coef=0.07)
+    for i, actor in enumerate(problem.actors):
+        obs, actions, logprobs = problem.data(i)
+        logprobs = logprobs + 0.5 * torch.randn(200, generator=torch.Generator().manual_seed(i))
+        M = problem.advantages
+        loss, stats = script.ppo_loss(actor, obs, actions, logprobs, M, args.clip_coef, args.ent_coef)
+        leaves = [p.clone().requires_grad_() for p in problem.old[i]]
+        dist = gaussian(leaves, obs)
+        expected = clipped_loss(dist, (obs, actions, logprobs), M, args)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, list(actor.parameters())), torch.autograd.grad(expected, leaves)
+        )
+        logratio = (dist.log_prob(actions) - logprobs).detach().numpy()
+        ratio = np.exp(logratio)
+        entropy = dist.entropy()[0].item()
+        assert stats["policy_loss"].item() == pytest.approx(expected.item() + 0.07 * entropy, rel=1e-12)
+        assert stats["entropy"].item() == pytest.approx(entropy, rel=1e-12)
+        assert stats["approx_kl"].item() == pytest.approx(np.mean(ratio - 1 - logratio), rel=1e-10)
+        assert stats["clip_fraction"].item() == pytest.approx(np.mean(np.abs(ratio - 1) > 0.3))
+        assert 0.1 < stats["clip_fraction"] < 0.9
+        assert stats["ratio"].item() == pytest.approx(ratio.mean(), rel=1e-12)
+        assert not any(value.requires_grad for value in stats.values())
+
+
+@each_clipping
+@pytest.mark.parametrize("batch", [1, 10, 1000])
+def test_entropy_bonus_is_a_mean_over_the_batch(script, batch):
+    """It is worth ent_coef times the entropy of one action, however large the batch."""
+    problem = Problem(script, batch=batch)
+    actor, data = problem.actors[2], problem.data(2)
+    losses = [script.ppo_loss(actor, *data, torch.zeros(batch), 0.2, c)[0] for c in (0.0, 0.5)]
+    entropy = sum(0.5 * np.log(2 * np.pi * np.e * np.exp(2 * s)) for s in actor.log_std.tolist())
+    assert losses[0] == 0
+    assert losses[1].item() == pytest.approx(-0.5 * entropy, rel=1e-12)
+    (gradient,) = torch.autograd.grad(losses[1], actor.log_std)
+    torch.testing.assert_close(gradient, torch.full((3,), -0.5))
+
+
+# Minibatches
+
+
+def test_minibatches_split_the_batch_anew_in_every_pass(script):
+    """Equal parts that together are every index once; another split in the next pass; one part is the batch itself."""
+    generator = torch.Generator().manual_seed(0)
+    passes = [list(script.minibatches(20, 4, generator)) for _ in range(50)]
+    assert all([len(mb) for mb in one_pass] == [5] * 4 for one_pass in passes)
+    orders = [torch.cat(one_pass).tolist() for one_pass in passes]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 50
+    (whole,) = script.minibatches(20, 1, generator)
+    assert torch.equal(torch.arange(20)[whole], torch.arange(20))
+
+
+# Limits
+
+
+@each_clipping
+@each_split
+@pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_with_one_agent_happo_and_mappo_are_ppo(script, num_minibatches, max_grad_norm, size, monkeypatch):
+    """Parameter for parameter after several epochs, with and without minibatches, gradients clipped and not."""
+    problem = Problem(script, [size])
+    args = make_args(script, num_minibatches=num_minibatches, max_grad_norm=max_grad_norm, update_epochs=4)
+    batches = record_minibatches(monkeypatch, script)
+    problem.update(args)
+    assert len(batches) == 4 * num_minibatches
+    expected = ppo(problem.old[0], problem.data(0), problem.advantages, args, batches)
+    assert_equal(problem.actors, [expected])
+    assert (torch.cat([(p - q).flatten() for p, q in zip(expected, problem.old[0], strict=True)]).abs() > 1e-3).any()
+    assert (problem.ratio(0) - 1).abs().max() > args.clip_coef  # clipping was felt
+
+
+@pytest.mark.parametrize("changed", [{}, {"ent_coef": 0.0}, {"fisher_stride": 3}, {"cg_damping": 1e-3}], ids=str)
+def test_with_one_agent_hatrpo_is_trpo(changed):
+    """Parameter for parameter, whether the first, a later or no step of the line search is good enough."""
+    found = []
+    for size in SIZES:
+        for target_kl, accept_ratio in ((1e-5, 0.5), (1e-3, 0.5), (0.05, 0.5), (1.0, 0.7), (20.0, 0.9)):
+            args = make_args(hatrpo, target_kl=target_kl, accept_ratio=accept_ratio, backtrack_iters=5, **changed)
+            problem = Problem(hatrpo, [size])
+            # The step does not depend on A's size; relative to a large one, conjugate gradient's tolerance is nothing.
+            problem.advantages *= 1e4
+            args.ent_coef *= 1e4
+            (stats,), _ = problem.update(args)
+            expected, j = trpo(problem.old[0], problem.data(0), problem.advantages, args)
+            assert_equal(problem.actors, [expected], 1e-7)
+            assert stats["accepted"] == (j is not None)
+            assert stats["backtracks"] == (args.backtrack_iters if j is None else j)
+            found.append(j)
+    assert None in found and len(set(found)) >= 4
+
+
+@each_split
+def test_mappo_is_one_ppo_per_agent(num_minibatches, monkeypatch):
+    """Every agent gets the advantages as they are, on the same minibatches, and its own clipping of the gradient."""
+    problem = Problem(mappo)
+    args = make_args(mappo, num_minibatches=num_minibatches, max_grad_norm=0.3)
+    batches = record_minibatches(monkeypatch, mappo)
+    stats = problem.update(args)
+    assert len(batches) == args.update_epochs * num_minibatches
+    expected = [ppo(problem.old[i], problem.data(i), problem.advantages, args, batches) for i in range(3)]
+    assert_equal(problem.actors, expected)
+    assert all(s["first_ratio"].item() == pytest.approx(1, rel=1e-12) for s in stats)
+
+
+@each_split
+def test_mappo_does_not_depend_on_the_order_of_the_agents(num_minibatches):
+    """The agents in another order: the same parameters to the last bit."""
+    args = make_args(mappo, num_minibatches=num_minibatches)
+    one = Problem(mappo)
+    one.update(args)
+    for order in permutations(range(3)):
+        other = Problem(mappo)
+        lists = ([x[i] for i in order] for x in (other.actors, other.optimizers(args), other.obs, other.actions))
+        logprobs = [other.logprobs[i] for i in order]
+        mappo.mappo_update(*lists, logprobs, other.advantages, args, torch.Generator().manual_seed(0))
+        assert_equal(one.actors, [copies(actor) for actor in other.actors], 0)
+
+
+def shared_problem(script):
+    """Two agents that share one network, of which the second uses two of three outputs."""
+    problem = Problem(script, [(4, 3), (4, 3)])
+    partition = Partition(obs_ids=(np.arange(2),) * 2, act_ids=(np.arange(3), np.arange(3, 5)))
+    problem.actors = script.make_actors(partition, (6, 5), True, torch.Generator())
+    with torch.no_grad():
+        for p, value in zip(problem.actors[0].parameters(), problem.old[0], strict=True):
+            p.copy_(value)
+    problem.actions[1] = problem.actions[1][:, :2]
+    for i, act_dim in enumerate((3, 2)):
+        problem.logprobs[i] = gaussian(problem.old[0], problem.obs[i], act_dim).log_prob(problem.actions[i])
+    return problem
+
+
+@each_clipping
+@each_split
+@pytest.mark.parametrize("max_grad_norm", [0.3, 1e3])
+def test_shared_parameters_have_one_adam(script, num_minibatches, max_grad_norm, monkeypatch):
+    """With one network for all: MAPPO steps on the sum of the agents' losses, HAPPO on one after the other's."""
+    problem = shared_problem(script)
+    args = make_args(script, num_minibatches=num_minibatches, max_grad_norm=max_grad_norm, fixed_order=True)
+    batches = record_minibatches(monkeypatch, script)
+    result = problem.update(args, problem.optimizers(args)[:1] * 2)
+    params = [p.clone().requires_grad_() for p in problem.old[0]]
+    adam = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=False)
+    norms, M = [], problem.advantages
+    for agents in ([0, 1],) if script is mappo else ([0], [1]):
+        for _ in range(args.update_epochs * num_minibatches):
+            mb, loss = batches.pop(0), 0.0
+            for i in agents:
+                own = [x[mb] for x in problem.data(i)]
+                loss += clipped_loss(gaussian(params, own[0], (3, 2)[i]), own, M[mb], args)
+            norms.append(adam_step(adam, loss, max_grad_norm))
+        if script is happo:
+            (i,) = agents
+            logprobs = gaussian(params, problem.obs[i], (3, 2)[i]).log_prob(problem.actions[i]).detach()
+            M = M * (logprobs - problem.logprobs[i]).exp()
+    assert not batches
+    assert_equal(problem.actors, [[p.detach() for p in params]] * 2)
+    assert (max(norms) > max_grad_norm) == (max_grad_norm < 1)
+    if script is happo:
+        torch.testing.assert_close(result[1], M, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("agents", [1, 3])
+def test_happo_without_clipping_follows_the_policy_gradient(agents):
+    """One epoch of plain gradient descent, epsilon very large: each agent moves by the mean of M * grad log pi."""
+    problem = Problem(happo, SIZES[:agents])
+    args = make_args(happo, clip_coef=1e9, update_epochs=1, ent_coef=0.0, max_grad_norm=1e9, fixed_order=True)
+    problem.update(args, problem.optimizers(args, torch.optim.SGD, lr=0.5))
+    M = problem.advantages
+    for i in range(agents):
+        leaves = [p.clone().requires_grad_() for p in problem.old[i]]
+        logprob = gaussian(leaves, problem.obs[i]).log_prob(problem.actions[i])
+        gradient = [torch.zeros_like(p) for p in leaves]
+        for b in range(BATCH):
+            for total, g in zip(gradient, torch.autograd.grad(logprob[b], leaves, retain_graph=True), strict=True):
+                total += M[b] * g / BATCH
+        expected = [p + 0.5 * g for p, g in zip(problem.old[i], gradient, strict=True)]
+        assert_equal([problem.actors[i]], [expected], 1e-11)
+        M = M * problem.ratio(i)
+
+
+def test_happo_with_unchanged_earlier_agents_is_mappo():
+    """Where the agents before do not move, M stays A and the last agent's update is MAPPO's."""
+    for last in range(3):
+        args = make_args(happo, num_minibatches=1)
+        one, two = Problem(happo), Problem(mappo)
+        order = [i for i in range(3) if i != last] + [last]
+        optimizers = one.optimizers(args)
+        for i in order[:-1]:
+            optimizers[i].param_groups[0]["lr"] = 0.0
+        lists = ([x[i] for i in order] for x in (one.actors, optimizers, one.obs, one.actions, one.logprobs))
+        args.fixed_order = True
+        happo.happo_update(*lists, one.advantages, args, torch.Generator())
+        two.update(make_args(mappo, num_minibatches=1))
+        assert_equal(one.actors[last : last + 1], [copies(two.actors[last])], 1e-11)
+        assert_equal([one.actors[i] for i in order[:-1]], [one.old[i] for i in order[:-1]], 0)
+
+
+# The factor M
+
+
+@each_split
+@pytest.mark.parametrize("seed", range(4))
+def test_happo_is_one_ppo_after_the_other_on_M(num_minibatches, seed, monkeypatch):
+    """From scratch, agent by agent in the order taken: PPO on M, M times the agent's own ratio, the next agent."""
+    problem = Problem(happo)
+    args = make_args(happo, num_minibatches=num_minibatches, max_grad_norm=0.5)
+    batches, calls = record_minibatches(monkeypatch, happo), record_agents(monkeypatch, problem)
+    stats, M = problem.update(args, seed=seed)
+    order = list(dict.fromkeys(i for i, _ in calls))
+    steps = args.update_epochs * num_minibatches
+    assert [i for i, _ in calls] == [i for i in order for _ in range(steps)]
+    expected_M = problem.advantages
+    for m, i in enumerate(order):
+        own = batches[m * steps : (m + 1) * steps]
+        for mb, (_, got) in zip(own, calls[m * steps : (m + 1) * steps], strict=True):
+            torch.testing.assert_close(got, expected_M[mb], rtol=1e-9, atol=1e-9)
+        params = ppo(problem.old[i], problem.data(i), expected_M, args, own)
+        assert_equal([problem.actors[i]], [params], 1e-8)
+        assert stats[i]["M_std"].item() == pytest.approx(expected_M.std().item(), rel=1e-8)
+        assert stats[i]["first_ratio"].item() == pytest.approx(1, rel=1e-12)
+        expected_M = (
+            expected_M * (gaussian(params, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
+        )
+    torch.testing.assert_close(M, expected_M, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hatrpo_is_one_trpo_after_the_other_on_M(seed, monkeypatch):
+    """From scratch, agent by agent in the order taken: TRPO on M, M times the agent's own ratio, the next agent."""
+    problem, args = Problem(hatrpo), make_args(hatrpo, target_kl=0.03, ent_coef=0.0)
+    problem.advantages *= 1e4
+    calls = record_agents(monkeypatch, problem)
+    stats, M = problem.update(args, seed=seed)
+    assert sorted(i for i, _ in calls) == [0, 1, 2]
+    expected_M = problem.advantages
+    for i, got in calls:
+        torch.testing.assert_close(got, expected_M, rtol=1e-6, atol=1e-6)
+        params, _ = trpo(problem.old[i], problem.data(i), expected_M, args)
+        assert_equal([problem.actors[i]], [params], 1e-7)
+        assert stats[i]["M_std"].item() == pytest.approx(expected_M.std().item(), rel=1e-6)
+        assert stats[i]["first_ratio"].item() == pytest.approx(1, rel=1e-12)
+        expected_M = (
+            expected_M * (gaussian(params, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
+        )
+    torch.testing.assert_close(M, expected_M, rtol=1e-6, atol=1e-6)
+
+
+@each_sequential
+@pytest.mark.parametrize("agents", [1, 2, 3])
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_M_is_A_times_the_ratio_of_the_joint_policies_so_far(script, agents, fixed_order, monkeypatch):
+    """For every prefix i_1..i_m of the order, from the policies before and after; at the end, of all the agents."""
+    problem, args = Problem(script), make_args(script, fixed_order=fixed_order)
+    calls = record_agents(monkeypatch, problem)
+    _, M = problem.update(args, agents=slice(agents), seed=5)
+    order = list(dict.fromkeys(i for i, _ in calls))
+    assert sorted(order) == list(range(agents))
+    ratios = torch.stack([problem.ratio(i) for i in range(3)])
+    assert all((ratios[i] - 1).abs().max() > 0.1 for i in order)
+    assert all((ratios[i] == 1).all() for i in range(3) if i not in order)
+    for i, got in calls:
+        before = order[: order.index(i)]
+        torch.testing.assert_close(got, problem.advantages * ratios[before].prod(0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(M, problem.advantages * ratios[order].prod(0), rtol=1e-10, atol=1e-12)
+
+
+@each_sequential
+def test_M_is_not_normalised_and_not_clipped(script):
+    """A has a mean and a size of its own, ratios go far beyond the clipping: M keeps all of it."""
+    problem = Problem(script, seed=2)
+    problem.advantages = 10 + 50 * problem.advantages
+    args = make_args(script, learning_rate=0.1, update_epochs=10, target_kl=0.5)
+    _, M = problem.update(args)
+    ratio = M / problem.advantages
+    assert ratio.max() > 1.5 and ratio.min() < 0.5
+    torch.testing.assert_close(ratio, problem.ratio(0) * problem.ratio(1) * problem.ratio(2), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2, 32])
+def test_M_of_agents_that_stay_is_A_to_the_last_bit(num_minibatches):
+    """HAPPO without a learning rate: M is A, however the batch is split."""
+    problem, args = Problem(happo), make_args(happo, num_minibatches=num_minibatches, learning_rate=0.0)
+    for i, actor in enumerate(problem.actors):  # what the rollout's network says, by the actor's own arithmetic
+        problem.logprobs[i] = actor.log_prob(actor(problem.obs[i]), problem.actions[i]).detach()
+    _, M = problem.update(args)
+    assert torch.equal(M, problem.advantages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rejected_steps_leave_M_and_the_parameters_to_the_last_bit(dtype):
+    """HATRPO asked for more gain than there can be: M is A, nothing has moved, KL and gain are 0."""
+    problem, args = Problem(hatrpo), make_args(hatrpo, accept_ratio=1e6)
+    for actor in problem.actors:
+        actor.to(dtype)
+    old = [copies(actor) for actor in problem.actors]
+    for name in ("obs", "actions", "logprobs"):
+        setattr(problem, name, [x.to(dtype) for x in getattr(problem, name)])
+    problem.advantages = problem.advantages.to(dtype)
+    stats, M = problem.update(args)
+    assert torch.equal(M, problem.advantages)
+    assert_equal(problem.actors, old, 0)
+    assert all(s["accepted"] == s["kl"] == s["surrogate_gain"] == 0 for s in stats)
+
+
+def test_zero_advantages_change_nothing(script):
+    """No NaN, no step."""
+    problem = Problem(script)
+    problem.advantages = torch.zeros(BATCH)
+    result = problem.update(make_args(script, ent_coef=0.0))
+    stats, M = (result, torch.zeros(BATCH)) if script is mappo else result
+    assert_equal(problem.actors, problem.old, 0)
+    assert torch.equal(M, torch.zeros(BATCH))
+    assert all(torch.isfinite(value) for s in stats for value in s.values())
+
+
+def test_first_ratio_is_taken_before_anything_changes(script):
+    """Log-probabilities that the policy would not give show up in `first_ratio`, agent by agent."""
+    problem, args = Problem(script), make_args(script)
+    for i in range(3):
+        problem.logprobs[i] = problem.logprobs[i] - np.log(1 + i)
+    result = problem.update(args)
+    stats = result if script is mappo else result[0]
+    assert [s["first_ratio"].item() for s in stats] == pytest.approx([1, 2, 3], rel=1e-9)
+
+
+# The order of the agents
+
+
+def orders_taken(script, monkeypatch, updates, fixed_order, agents):
+    """The orders of many updates in which nothing is computed."""
+    problem = Problem(script, [(1, 1)] * agents, batch=2, hidden_sizes=(1,))
+    taken = []
+
+    def do_nothing(actor, *_):
+        taken.append(next(i for i, a in enumerate(problem.actors) if a is actor))
+        return {} if script is hatrpo else (actor.log_std.sum() * 0, {"ratio": torch.tensor(1.0)})
+
+    monkeypatch.setattr(script, "trpo_step" if script is hatrpo else "ppo_loss", do_nothing)
+    args = make_args(script, update_epochs=1, fixed_order=fixed_order)
+    lists = [problem.actors, problem.obs, problem.actions, problem.logprobs]
+    if script is happo:
+        lists.insert(1, problem.optimizers(args, torch.optim.SGD, lr=0.0))
+    generator = torch.Generator().manual_seed(0)
+    update = script.happo_update if script is happo else script.hatrpo_update
+    for _ in range(updates):
+        update(*lists, problem.advantages, args, generator)
+    return [tuple(taken[k : k + agents]) for k in range(0, len(taken), agents)]
+
+
+@each_sequential
+def test_order_is_a_fresh_uniform_permutation(script, monkeypatch):
+    """Chi-square over the six orders of three agents, and over the pairs of consecutive first agents."""
+    taken = orders_taken(script, monkeypatch, 600, False, 3)
+    counts = Counter(taken)
+    assert set(counts) == set(permutations(range(3)))
+    assert scipy_stats.chisquare(list(counts.values())).pvalue > 0.01
+    pairs = Counter((a[0], b[0]) for a, b in pairwise(taken))
+    assert len(pairs) == 9
+    assert scipy_stats.chisquare(list(pairs.values())).pvalue > 0.01
+
+
+@each_sequential
+def test_fixed_order_is_0_to_n(script, monkeypatch):
+    """The ablation updates the agents as they are numbered, every time."""
+    assert set(orders_taken(script, monkeypatch, 20, True, 5)) == {(0, 1, 2, 3, 4)}
+
+
+# The critic
+
+
+@each_split
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e3])
+def test_critic_update_is_least_squares(script, num_minibatches, max_grad_norm, monkeypatch):
+    """From scratch: several epochs of Adam on half the mean squared error, parameter for parameter."""
+    generator = torch.Generator().manual_seed(3)
+    critic = script.mlp((4, 6, 5, 1), 1.0, generator)
+    obs, returns = torch.randn(BATCH, 4, generator=generator), 3 * torch.randn(BATCH, generator=generator)
+    args = make_args(script, num_minibatches=num_minibatches, max_grad_norm=max_grad_norm)
+    params = [p.clone().requires_grad_() for p in copies(critic)]
+    batches = record_minibatches(monkeypatch, script)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
+    loss = script.critic_update(critic, optimizer, obs, returns, args, generator)
+    assert len(batches) == 2 * num_minibatches
+    adam = torch.optim.Adam(params, lr=args.critic_learning_rate, eps=1e-5, fused=False)
+    for mb in batches:
+        values = gaussian([torch.zeros(1), *params], obs[mb]).mean[:, 0]
+        expected = sum((v - r) ** 2 for v, r in zip(values, returns[mb], strict=True)) / (2 * len(values))
+        assert (adam_step(adam, expected, max_grad_norm) > max_grad_norm) == (max_grad_norm < 1)
+    assert_equal([critic], [[p.detach() for p in params]])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert not loss.requires_grad
