@@ -294,8 +294,9 @@ def test_entropy_bonus_is_a_mean_over_the_batch(script, batch):
 
 def test_minibatches_split_the_batch_anew_in_every_pass(script):
     """Equal parts that together are every index once; another split in the next pass; one part is the batch itself."""
-    generator = torch.Generator().manual_seed(0)
+    generator, same = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     passes = [list(script.minibatches(20, 4, generator)) for _ in range(50)]
+    assert all(map(torch.equal, passes[0], script.minibatches(20, 4, same)))
     assert all([len(mb) for mb in one_pass] == [5] * 4 for one_pass in passes)
     orders = [torch.cat(one_pass).tolist() for one_pass in passes]
     assert all(sorted(order) == list(range(20)) for order in orders)
@@ -605,8 +606,10 @@ def orders_taken(script, monkeypatch, updates, fixed_order, agents):
 
 @each_sequential
 def test_order_is_a_fresh_uniform_permutation(script, monkeypatch):
-    """Chi-square over the six orders of three agents, and over the pairs of consecutive first agents."""
+    """Chi-square over the six orders of three agents, and over the pairs of consecutive first agents; seeded."""
     taken = orders_taken(script, monkeypatch, 600, False, 3)
+    with monkeypatch.context() as nested:
+        assert orders_taken(script, nested, 20, False, 3) == taken[:20]
     counts = Counter(taken)
     assert set(counts) == set(permutations(range(3)))
     assert scipy_stats.chisquare(list(counts.values())).pvalue > 0.01
