@@ -154,6 +154,7 @@ class NormalizedEnv:
     def reset(self, seed: int) -> Tensor:
         """Start all episodes; return observations [num_envs, obs_dim]."""
         obs = torch.as_tensor(self.vec.reset(seed=seed)[0], device=self.device)
+        self.returns = torch.zeros_like(self.returns)
         if self.training:
             self.obs_rms.update(obs)
         return self.normalize_obs(obs)
@@ -195,7 +196,7 @@ def mlp(sizes: Sequence[int], output_gain: float, generator: Generator) -> nn.Se
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
-        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        layer = nn.Linear(fan_in, fan_out)
         nn.init.orthogonal_(layer.weight, output_gain if last else 2**0.5, generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer] if last else [layer, nn.ReLU()]
@@ -417,7 +418,7 @@ def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: T
         actor: the agent's policy, changed in place; a rejected step leaves it as it was to the last bit.
         obs: what the agent saw, [B, obs_dim_i].
         actions: what it did, [B, act_dim_i].
-        logprobs: the joint log-probability that `actor` gives to that before the step, [B].
+        logprobs: the joint log-probability of that under the policy that collected the batch, [B].
         M: what the ratio is weighted with, [B].
         args: hyperparameters.
 
@@ -444,7 +445,7 @@ def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: T
     gradient = parameters_to_vector(torch.autograd.grad(old_objective, params))
     H = fisher_vector_product(actor, obs[:: args.fisher_stride])
     x = conjugate_gradient(lambda v: H(v) + args.cg_damping * v, gradient, args.cg_iters)
-    # beta = sqrt(2 delta / x^T H x): the step at which the quadratic model of the KL reaches delta
+    # beta = sqrt(2 delta / x^T H x): the step at which the quadratic model of the KL reaches delta (x = 0 gives 0)
     step = torch.sqrt(2 * args.target_kl / (x @ H(x)).clamp(min=1e-12)) * x
     expected_gain = step @ gradient
     search = args.target_kl, args.backtrack_coeff, args.backtrack_iters, args.accept_ratio
@@ -482,16 +483,16 @@ def hatrpo_update(
     """
     stats: list[dict[str, Tensor]] = [{} for _ in actors]
     order = torch.randperm(len(actors), generator=generator, device=generator.device).tolist()
+    with torch.no_grad():  # as after a step, not as in the rollout: a rejected step leaves M as it is to the last bit
+        old_logprobs = [actor.log_prob(actor(o), a) for actor, o, a in zip(actors, obs, actions, strict=True)]
     M = advantages
     for i in sorted(order) if args.fixed_order else order:
-        with torch.no_grad():  # computed as after the step, so that a rejected one leaves M as it is to the last bit
-            old_logprobs = actors[i].log_prob(actors[i](obs[i]), actions[i])
-        stats[i] = {"M_std": M.std(), "first_ratio": torch.exp(old_logprobs - logprobs[i]).mean()}
-        stats[i] |= trpo_step(actors[i], obs[i], actions[i], old_logprobs, M, args)
+        stats[i] = {"M_std": M.std(), "first_ratio": torch.exp(old_logprobs[i] - logprobs[i]).mean()}
+        stats[i] |= trpo_step(actors[i], obs[i], actions[i], old_logprobs[i], M, args)
         with torch.no_grad():
             # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what this one changed.
             # A itself is not recomputed, M is neither normalised nor clipped.
-            M = M * torch.exp(actors[i].log_prob(actors[i](obs[i]), actions[i]) - old_logprobs)
+            M = M * torch.exp(actors[i].log_prob(actors[i](obs[i]), actions[i]) - old_logprobs[i])
     return stats, M
 
 
@@ -531,7 +532,7 @@ def check_args(args: Args) -> None:
     )
     rates = "learning_rate", "critic_learning_rate", "max_grad_norm", "target_kl", "cg_iters", "fisher_stride"
     rules = (
-        ((*sizes, *rates), lambda x: np.min(x) > 0, "greater than 0"),
+        ((*sizes, *rates), lambda x: np.size(x) and np.min(x) > 0, "greater than 0"),
         (("seed", "num_threads", "ent_coef", "backtrack_iters", "cg_damping"), lambda x: x >= 0, "0 or greater"),
         (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "from 0 to 1"),
         (("clip_coef", "backtrack_coeff", "accept_ratio"), lambda x: 0 < x < 1, "between 0 and 1"),

@@ -143,6 +143,7 @@ class NormalizedEnv:
     def reset(self, seed: int) -> Tensor:
         """Start all episodes; return observations [num_envs, obs_dim]."""
         obs = torch.as_tensor(self.vec.reset(seed=seed)[0], device=self.device)
+        self.returns = torch.zeros_like(self.returns)
         if self.training:
             self.obs_rms.update(obs)
         return self.normalize_obs(obs)
@@ -184,7 +185,7 @@ def mlp(sizes: Sequence[int], output_gain: float, generator: Generator) -> nn.Se
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
-        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        layer = nn.Linear(fan_in, fan_out)
         nn.init.orthogonal_(layer.weight, output_gain if last else 2**0.5, generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer] if last else [layer, nn.ReLU()]
@@ -442,7 +443,7 @@ def check_args(args: Args) -> None:
     )
     rates = "learning_rate", "critic_learning_rate", "max_grad_norm", "target_kl", "cg_iters", "fisher_stride"
     rules = (
-        ((*sizes, *rates), lambda x: np.min(x) > 0, "greater than 0"),
+        ((*sizes, *rates), lambda x: np.size(x) and np.min(x) > 0, "greater than 0"),
         (("seed", "num_threads", "ent_coef", "backtrack_iters", "cg_damping"), lambda x: x >= 0, "0 or greater"),
         (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "from 0 to 1"),
         (("clip_coef", "backtrack_coeff", "accept_ratio"), lambda x: 0 < x < 1, "between 0 and 1"),
