@@ -254,6 +254,8 @@ def random_update(seed: int) -> Update:
         else:
             args = hatrpo.Args(**TRUST_REGION, fixed_order=fixed_order, target_kl=size)
             stats, M = run_hatrpo(actors, batch, args, seed)
+            assert log[: len(actors)] == list(agents)  # the log-probabilities before any step
+            del log[: len(actors)]
         return actors, stats, M, [i for i, _ in groupby(log)]
 
     actors, stats, last_M, order = run(range(n), fixed_order=False)
