@@ -19,11 +19,8 @@ from mujoco.batch import Batch
 
 from envs.partition import ObsEntry
 
-DIVERGED = [
-    int(mujoco.mjtWarning.mjWARN_BADQPOS),
-    int(mujoco.mjtWarning.mjWARN_BADQVEL),
-    int(mujoco.mjtWarning.mjWARN_BADQACC),
-]
+# The warnings that MuJoCo counts when a simulation blows up; they follow each other.
+DIVERGED = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADQACC) + 1)
 
 
 def observation_entries(env: MujocoEnv) -> list[ObsEntry]:
@@ -144,7 +141,6 @@ class MujocoVectorEnv(VectorEnv):
         if actions.shape != self.ctrl.shape:
             raise ValueError(f"actions must have shape {self.ctrl.shape}, not {actions.shape}")
         position = self._position()
-        warnings = self.batch.warning[:, DIVERGED].sum(axis=(1, 2))
         self.ctrl[:] = actions
         self.batch.step(nstep=self.env.frame_skip)
         if self.has_contact_forces:
@@ -162,7 +158,8 @@ class MujocoVectorEnv(VectorEnv):
         infos: dict[str, Any] = {}
 
         # MuJoCo has put a simulation that diverged back to its default pose: what was computed from it means nothing.
-        diverged = self.batch.warning[:, DIVERGED].sum(axis=(1, 2)) > warnings
+        # A reset clears the counts.
+        diverged = self.batch.warning[:, DIVERGED].any(axis=(1, 2))
         if diverged.any():
             self.num_diverged += diverged.sum()
             terminations |= diverged
