@@ -1,5 +1,6 @@
 """The scripts as a user runs them: log, model, determinism, bad input, failure, and every environment of the papers."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import envs
@@ -38,6 +41,27 @@ def same(a: dict, b: dict) -> bool:
     nets = [key for key in a if key != "args"]
     assert any(key.startswith("agent_") for key in nets) and "obs_rms" in nets
     return all(torch.equal(a[net][key], b[net][key]) for net in nets for key in a[net])
+
+
+def test_requirements_are_enough(script: ModuleType):
+    """Whatever package a script imports is in requirements.txt or needed by what is: the tests' own are not enough."""
+    needed, todo = set(), [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    while todo:
+        requirement = Requirement(todo.pop())
+        name, extras = canonicalize_name(requirement.name), {"", *requirement.extras}
+        if not (new := {(name, extra) for extra in extras} - needed):
+            continue
+        needed |= new
+        for dependency in importlib.metadata.requires(name) or []:
+            marker = Requirement(dependency).marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(dependency)
+    program = f"import sys, {script.__name__}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    owners = importlib.metadata.packages_distributions()
+    names = {name for module in loaded.stdout.split() for name in owners.get(module, [])}
+    assert {"torch", "gymnasium", "mujoco"} <= names
+    assert {canonicalize_name(name) for name in names} - {name for name, _ in needed} <= {"setuptools"}
 
 
 def test_log_and_model(script: ModuleType, tmp_path: Path):
