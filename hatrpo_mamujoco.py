@@ -94,7 +94,7 @@ class Args:
     """iterations of the conjugate gradient"""
     cg_damping: float = 0.1
     """what is added to the Fisher matrix's diagonal in the conjugate gradient"""
-    fisher_stride: int = 5
+    fisher_stride: int = 1
     """the Fisher matrix is taken on every n-th row of the batch; the line search's KL always on all"""
     ent_coef: float = 0.0
     """coefficient of the entropy bonus, a part of the objective"""
