@@ -8,18 +8,24 @@ Next to it: `diff happo_mamujoco.py hatrpo_mamujoco.py`.
 """
 
 import copy
+import importlib.metadata
 import importlib.util
+import json
 import os
+import platform
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
+from envs.video import Film
 
 
 @dataclass
@@ -52,6 +59,18 @@ class Args:
     """environment steps of the run, summed over the environments"""
     run_dir: str | None = None
     """where to write the log and the model; None is runs/<env_id>__<exp_name>__<seed>__<time>; must not exist"""
+    resume: str | None = None
+    """run directory (or a checkpoint in it) to continue with its arguments; --total-timesteps may be raised"""
+    checkpoint_interval: int = 10
+    """iterations between checkpoints, of which the last two are kept; 0 saves at the end only"""
+    eval_interval: int = 100_000
+    """environment steps between evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 10
+    """deterministic episodes per evaluation; 0 never evaluates"""
+    eval_only: bool = False
+    """with --resume: evaluate the run instead of continuing it"""
+    capture_video: bool = False
+    """whether to film a deterministic episode at the end: video_<step>.mp4 and .gif in the run's directory"""
     cuda: bool = False
     """whether to train on the GPU; without one it falls back to the CPU and says so"""
     torch_deterministic: bool = True
@@ -186,6 +205,18 @@ class NormalizedEnv:
             next_obs[done] = self.normalize_obs(final_obs)
         rewards = (rewards * torch.rsqrt(self.return_rms.var + 1e-8)).clamp(-self.clip, self.clip)
         return obs, next_obs, rewards.float(), terminations.float(), truncations.float(), infos
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running statistics, and all that the environments remember."""
+        rms = {"obs_rms": self.obs_rms.state_dict(), "return_rms": self.return_rms.state_dict()}
+        return rms | {"returns": self.returns, "vec": envs.get_state(self.vec)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; `vec` must have been reset once."""
+        self.obs_rms.load_state_dict(state["obs_rms"])
+        self.return_rms.load_state_dict(state["return_rms"])
+        self.returns = state["returns"].to(self.device)
+        envs.set_state(self.vec, state["vec"])
 
 
 # Networks
@@ -355,13 +386,22 @@ def gaussian_kl(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tenso
 def fisher_vector_product(actor: Actor, obs: Tensor) -> Callable[[Tensor], Tensor]:
     """The map v -> Hv, with H the Hessian of the mean KL(pi_old || pi) at pi_old, in all of the actor's parameters.
 
-    The graph of the KL's gradient is built once and serves every product.
+    H = J^T K J (Gauss-Newton), with J the Jacobian of the distribution's parameters, here mean and log_std, and K the
+    Hessian of the mean KL in these; exact because the KL's gradient in these is 0 at pi_old. (For a categorical that
+    holds for logits, not for log-probabilities.) The graphs are built once and serve every product.
     """
-    params = list(actor.parameters())
-    dist = actor(obs)
-    kl = gaussian_kl(tuple(d.detach() for d in dist), dist).mean()
-    kl_gradient = parameters_to_vector(torch.autograd.grad(kl, params, create_graph=True))
-    return lambda v: parameters_to_vector(torch.autograd.grad(kl_gradient @ v, params, retain_graph=True))
+    grad, params, dist = torch.autograd.grad, list(actor.parameters()), actor(obs)
+    new = [d.detach().requires_grad_() for d in dist]
+    kl_gradient = grad(gaussian_kl(tuple(d.detach() for d in dist), new).mean(), new, create_graph=True)
+    u = [torch.zeros_like(d, requires_grad=True) for d in new]
+    JTu = parameters_to_vector(grad(dist, params, u, create_graph=True))  # linear in u: its gradient in u gives Jv
+
+    def product(v: Tensor) -> Tensor:
+        Jv = grad(JTu @ v, u, retain_graph=True)
+        KJv = grad(kl_gradient, new, Jv, retain_graph=True)
+        return parameters_to_vector(grad(dist, params, KJv, retain_graph=True))
+
+    return product
 
 
 def conjugate_gradient(Ax: Callable[[Tensor], Tensor], b: Tensor, cg_iters: int, tolerance: float = 1e-10) -> Tensor:
@@ -512,6 +552,12 @@ def critic_update(
 
 # Main
 
+# What a resumed run may do otherwise than before. (Other --num-threads or --cuda: other last bits.)
+MAY_CHANGE = {
+    *("total_timesteps", "run_dir", "resume", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_only"),
+    *("capture_video", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity"),
+}
+
 
 def usage_error(message: object) -> NoReturn:
     """Say in one line what is wrong with the command, and exit with code 2."""
@@ -519,21 +565,14 @@ def usage_error(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_args(args: Args) -> None:
-    """Exit with a usage error if a value makes no sense."""
-    sizes = (
-        "total_timesteps",
-        "num_envs",
-        "num_steps",
-        "update_epochs",
-        "critic_epochs",
-        "num_minibatches",
-        "hidden_sizes",
-    )
+def check_args(args: Args, checkpoint: dict[str, Any] | None) -> None:
+    """Exit with a usage error if a value makes no sense, or contradicts the checkpoint to resume from."""
+    sizes = "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "critic_epochs"
     rates = "learning_rate", "critic_learning_rate", "max_grad_norm", "target_kl", "cg_iters", "fisher_stride"
+    counts = "seed", "num_threads", "checkpoint_interval", "eval_interval", "eval_episodes", "backtrack_iters"
     rules = (
-        ((*sizes, *rates), lambda x: np.size(x) and np.min(x) > 0, "greater than 0"),
-        (("seed", "num_threads", "ent_coef", "backtrack_iters", "cg_damping"), lambda x: x >= 0, "0 or greater"),
+        ((*sizes, *rates, "hidden_sizes"), lambda x: np.size(x) and np.min(x) > 0, "greater than 0"),
+        ((*counts, "ent_coef", "cg_damping"), lambda x: x >= 0, "0 or greater"),
         (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "from 0 to 1"),
         (("clip_coef", "backtrack_coeff", "accept_ratio"), lambda x: 0 < x < 1, "between 0 and 1"),
     )
@@ -546,6 +585,24 @@ def check_args(args: Args) -> None:
         usage_error(f"--num-minibatches {args.num_minibatches} does not divide the batch of {batch_size} steps")
     if args.total_timesteps < batch_size:
         usage_error(f"--total-timesteps {args.total_timesteps} is less than one batch of {batch_size} steps")
+    if args.eval_only and not args.resume:
+        usage_error("--eval-only needs --resume RUN_DIR: there is no model to evaluate")
+    if checkpoint:
+        for name in asdict(args).keys() - MAY_CHANGE:
+            value, saved = getattr(args, name), checkpoint["args"][name]
+            if value != saved:
+                usage_error(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {saved}")
+        step = checkpoint["iteration"] * batch_size
+        if args.total_timesteps < step + batch_size and not args.eval_only:
+            usage_error(f"--total-timesteps {args.total_timesteps}: the run has {step} already, raise it to go on")
+
+
+def parse_args() -> Args:
+    """Read the command line; with --resume, what it leaves out is as in the checkpoint."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume:
+        return args
+    return tyro.cli(Args, description=__doc__, default=Args(**load_checkpoint(args.resume)["args"]))
 
 
 def make_run_dir(args: Args) -> Path:
@@ -555,16 +612,84 @@ def make_run_dir(args: Args) -> Path:
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError:
-        usage_error(f"--run-dir {run_dir} exists already: choose another, nothing in it was touched")
+        usage_error(f"--run-dir {run_dir} exists already: choose another, or --resume it; nothing in it was touched")
     except OSError as e:
         usage_error(f"--run-dir {run_dir} cannot be made: {e.strerror}")
     return run_dir
 
 
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a file whole or not at all: a kill or a full disk leaves what was there before."""
+    with open(path.with_suffix(".tmp"), "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(resume: str) -> dict[str, Any]:
+    """Read a checkpoint, of a run directory the newest; exit with a usage error if it is none of this script's.
+
+    Nothing in the file is executed (weights_only).
+    """
+    path = Path(resume)
+    files = sorted(path.glob("checkpoint_*.pt")) if path.is_dir() else [path]
+    if not files:
+        usage_error(f"--resume {path}: there is no checkpoint in it")
+    try:
+        checkpoint = torch.load(files[-1], map_location="cpu", weights_only=True)
+        if checkpoint["script"] != Path(__file__).stem or checkpoint["args"].keys() != asdict(Args()).keys():
+            raise ValueError
+    except Exception:  # torch.load raises whatever the bytes lead it to
+        hint = f"; the one before it is --resume {files[-2]}" if len(files) > 1 else ""
+        usage_error(f"--resume {files[-1]} is torn, missing, or no checkpoint of {Path(__file__).name}{hint}")
+    return checkpoint
+
+
+def describe_run(args: Args) -> dict[str, Any]:
+    """What it takes to repeat a run: command, arguments, commit, versions, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    packages = "torch", "numpy", "mujoco", "gymnasium"
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "args": asdict(args),
+        "commit": commit,
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def evaluate(env: NormalizedEnv, policy: JointPolicy, seed: int, film: Film | None = None) -> dict[str, float]:
+    """Play one episode with the means of the policy in each environment; return what is logged.
+
+    The start states are the same every time. The training does not notice: its generators and statistics stay.
+    """
+    start, episodes, unfinished = time.time(), [], np.ones(env.vec.num_envs, dtype=bool)
+    obs = env.reset(seed + 1_000_000)  # far from the training's seeds
+    while unfinished.any():
+        if film and unfinished[0]:
+            film.capture()
+        obs, *_, infos = env.step(policy.mean(obs))
+        if "_episode" in infos:
+            done, episode = infos["_episode"] & unfinished, infos["episode"]
+            episodes += zip(episode["r"][done].tolist(), episode["l"][done].tolist(), strict=True)
+            unfinished &= ~done  # the first episode of each counts: short ones must not crowd out long ones
+    returns, lengths = np.transpose(episodes)
+    stats = {"": returns.mean(), "_std": returns.std(), "_min": returns.min(), "_max": returns.max()}
+    log = {f"eval/episodic_return{suffix}": float(value) for suffix, value in stats.items()}
+    return log | {"eval/episodic_length": float(lengths.mean()), "eval/seconds": time.time() - start}
+
+
 def main(args: Args) -> None:
     """Train."""
     # Setup
-    check_args(args)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    check_args(args, checkpoint)
     use_cuda = args.cuda and torch.cuda.is_available()
     if args.cuda and not use_cuda:
         print("--cuda: PyTorch finds no GPU, training on the CPU", file=sys.stderr)
@@ -575,10 +700,13 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.num_threads)
     generator = Generator(device).manual_seed(args.seed)
     try:
-        vec = envs.make_vec(args.env_id, args.num_envs, args.agent_obsk, args.num_threads)
+        make_vec = partial(envs.make_vec, args.env_id, agent_obsk=args.agent_obsk, num_threads=args.num_threads)
+        vec, eval_vec = make_vec(args.num_envs), make_vec(max(1, args.eval_episodes))
     except ValueError as e:
         usage_error(e)
-    env, partition, num_agents = NormalizedEnv(vec, args.gamma, device), vec.partition, vec.partition.num_agents
+    env, eval_env = (NormalizedEnv(v, args.gamma, device) for v in (vec, eval_vec))
+    eval_env.obs_rms, eval_env.training = env.obs_rms, False
+    partition, num_agents = vec.partition, vec.partition.num_agents
     obs_dim, act_dim = vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
 
     init_generator = Generator().manual_seed(args.seed)  # on the CPU: the same networks on every device
@@ -587,20 +715,8 @@ def main(args: Args) -> None:
     adam = partial(Adam, eps=1e-5, fused=True)
     critic_optimizer = adam(critic.parameters(), lr=args.critic_learning_rate)
 
-    # Log
-    if args.track and importlib.util.find_spec("wandb") is None:
-        usage_error("--track needs Weights & Biases: pip install wandb")
-    run_dir = make_run_dir(args)
-    if args.track:
-        import wandb
-
-        project, entity = args.wandb_project_name, args.wandb_entity
-        wandb.init(project=project, entity=entity, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(str(run_dir))
-    writer.add_text("args", "\n".join(f"- {key}: {value}" for key, value in asdict(args).items()))
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
-    bar = tqdm(total=num_iterations * batch_size, unit="step", disable=not sys.stderr.isatty())
+    # Actor optimizers
+    optimizer_parts: dict[str, Adam] = {}  # none: the step is TRPO's
 
     # Storage
     shape = (args.num_steps, args.num_envs)
@@ -609,10 +725,51 @@ def main(args: Args) -> None:
     logprobs = torch.zeros(*shape, num_agents, device=device)
     rewards, terminations, truncations = torch.zeros(3, *shape, device=device)
 
+    # Resume
+    networks = {f"agent_{i}": actor for i, actor in enumerate(actors)} | {"critic": critic}
+    parts = networks | optimizer_parts | {"critic_optimizer": critic_optimizer, "env": env}
+    obs, start_iteration, start_time, run_id = env.reset(args.seed), 0, time.time(), f"{time.time_ns():x}"
     last_returns: deque[float] = deque(maxlen=20)
-    start_time = time.time()
-    obs = env.reset(args.seed)
-    for iteration in range(1, num_iterations + 1):
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        generator.set_state(checkpoint["generator"])
+        obs, start_iteration, run_id = checkpoint["obs"].to(device), checkpoint["iteration"], checkpoint["run_id"]
+        start_time -= checkpoint["seconds"]
+        last_returns.extend(checkpoint["last_returns"])
+
+    # Log
+    batch_size = args.num_envs * args.num_steps
+    start_step, num_iterations = start_iteration * batch_size, args.total_timesteps // batch_size
+    if args.eval_only:
+        num_iterations = start_iteration
+    if args.track and importlib.util.find_spec("wandb") is None:
+        usage_error("--track needs Weights & Biases: pip install wandb")
+    try:
+        film = Film(eval_vec) if args.capture_video else None
+    except RuntimeError as e:
+        usage_error(f"--capture-video: {e}")
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    run_dir = run_dir.parent if run_dir.is_file() else run_dir
+    if not args.eval_only:
+        description = describe_run(args)
+        with open(run_dir / "run.jsonl", "a") as f:  # a line per start
+            f.write(json.dumps(description) + "\n")
+        if args.track:
+            import wandb
+
+            project, entity = args.wandb_project_name, args.wandb_entity
+            wandb_args = {"id": run_id, "resume": "allow", "name": run_dir.name, "config": description}
+            wandb.init(project=project, entity=entity, sync_tensorboard=True, **wandb_args)
+        # What was logged after the checkpoint will be logged again: purge_step makes readers forget the first time.
+        writer = SummaryWriter(str(run_dir), purge_step=start_step + 1 if checkpoint else None)
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    total = num_iterations * batch_size
+    bar = tqdm(total=total, initial=start_step, unit="step", disable=args.eval_only or not sys.stderr.isatty())
+
+    for iteration in range(start_iteration + 1, num_iterations + 1):
         global_step = iteration * batch_size
         lr_scale = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
         log: dict[str, float] = {}
@@ -651,6 +808,14 @@ def main(args: Args) -> None:
         )
         value_loss = critic_update(critic, critic_optimizer, b_obs, b_returns, args, generator)
 
+        # Evaluation
+        last = iteration == num_iterations
+        interval = args.eval_interval or args.total_timesteps
+        if args.eval_episodes and (last or global_step % interval < batch_size):
+            policy = JointPolicy(actors, partition, obs_dim, args.share_param)
+            log |= evaluate(eval_env, policy, args.seed)
+            start_time += log["eval/seconds"]  # SPS is the speed of training
+
         # Logging
         log["losses/value_loss"] = value_loss.item()
         log["losses/explained_variance"] = (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item()
@@ -667,25 +832,50 @@ def main(args: Args) -> None:
         if bar.disable and (iteration % 10 == 0 or iteration == num_iterations):
             print(f"step {global_step} episodic_return {mean_return:.1f} SPS {log['charts/SPS']:.0f}", flush=True)
 
-        # Checkpoint: the last finite state
-        state = {f"agent_{i}": actor.state_dict() for i, actor in enumerate(actors)} | {"critic": critic.state_dict()}
+        # Checkpoint
         finite = {key: np.isfinite(value) for key, value in log.items()}
-        finite |= {
-            f"{net}/{key}": bool(p.isfinite().all()) for net, params in state.items() for key, p in params.items()
-        }
+        states = {name: net.state_dict() for name, net in networks.items()}
+        finite |= {f"{net}/{key}": p.isfinite().all() for net, params in states.items() for key, p in params.items()}
         if not all(finite.values()):
             writer.close()
+            save(states, run_dir / "not_finite.pt")
             bad = ", ".join(key for key, is_finite in finite.items() if not is_finite)
             print(f"error: not finite at step {global_step}: {bad}; {run_dir} has all up to there", file=sys.stderr)
             raise SystemExit(1)
-        state |= {"obs_rms": env.obs_rms.state_dict(), "return_rms": env.return_rms.state_dict(), "args": asdict(args)}
-        torch.save(state, run_dir / "model.pt.tmp")
-        os.replace(run_dir / "model.pt.tmp", run_dir / "model.pt")  # never half a file
+        stopped = last or signals
+        if stopped or iteration % (args.checkpoint_interval or num_iterations) == 0:
+            writer.flush()  # first: a checkpoint never runs ahead of the log
+            state = {name: part.state_dict() for name, part in parts.items()} | {"generator": generator.get_state()}
+            state |= {"obs": obs, "iteration": iteration, "seconds": time.time() - start_time, "run_id": run_id}
+            state |= {"last_returns": list(last_returns), "script": Path(__file__).stem, "args": asdict(args)}
+            save(state, run_dir / f"checkpoint_{global_step:012}.pt")
+            for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
+                old.unlink()
+            ids = {"obs_ids": partition.obs_ids, "act_ids": partition.act_ids}
+            model = states | {key: [i.tolist() for i in value] for key, value in ids.items()}
+            save(model | {"obs_rms": env.obs_rms.state_dict(), "args": asdict(args)}, run_dir / "model.pt")
+        if stopped:
+            writer.close()
+            bar.close()
+        if signals and not last:
+            print(f"stopped at step {global_step}; to go on: --resume {run_dir}", file=sys.stderr)
+            raise SystemExit(128 + signals[0])
 
-    bar.close()
-    writer.close()
+    if args.eval_only or film:
+        policy = JointPolicy(actors, partition, obs_dim, args.share_param)
+        if film:
+            film.open(run_dir / f"video_{num_iterations * batch_size}")
+        result = evaluate(eval_env, policy, args.seed, film)
+        print(" ".join(f"{key} {value:.1f}" for key, value in result.items()))
+        if film:
+            film.close()
     vec.close()
+    eval_vec.close()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(parse_args())
+    except OSError as e:  # a full or read-only disk, a deleted directory: what was saved before is whole
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(1) from None

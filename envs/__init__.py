@@ -24,8 +24,19 @@ from envs.partition import (
     parse_actuator_lists,
     parse_partition,
 )
+from envs.state import get_state, set_state
 
-__all__ = ["ENV_IDS", "NAMED_PARTITIONS", "ROBOTS", "Partition", "make_partition", "make_vec", "parse_partition"]
+__all__ = [
+    "ENV_IDS",
+    "NAMED_PARTITIONS",
+    "ROBOTS",
+    "Partition",
+    "get_state",
+    "make_partition",
+    "make_vec",
+    "parse_partition",
+    "set_state",
+]
 
 # Robot -> (Gymnasium id: the source of weights, ranges, reset and time limit; the task on mujoco.batch).
 ROBOTS: dict[str, tuple[str, type[tasks.MujocoVectorEnv]]] = {

@@ -73,6 +73,7 @@ class MujocoVectorEnv(VectorEnv):
         self._data = mujoco.MjData(env.model)
         self._rngs: list[np.random.Generator] = []
         self._elapsed_steps = np.zeros(num_envs, dtype=np.int64)
+        self._last_position: np.ndarray | None = None  # where the step now to come starts; made by the first reset
         self.num_diverged = 0
         self.render_mode, self.spec = None, env.spec
         self.single_observation_space = Box(-np.inf, np.inf, (len(self.obs_entries),), np.float64)
@@ -130,6 +131,30 @@ class MujocoVectorEnv(VectorEnv):
         self.batch.forward(ids)
         self.cfrc_ext[ids] = 0
         self._elapsed_steps[ids] = 0
+        position = self._position()
+        if self._last_position is None:
+            self._last_position = position
+        self._last_position[ids] = position[ids]
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything the simulations remember between two steps, as plain Python data (see `envs.get_state`)."""
+        return {
+            "simulations": self.batch.state.tolist(),
+            "last_position": self._last_position.tolist(),
+            "elapsed_steps": self._elapsed_steps.tolist(),
+            "rngs": [rng.bit_generator.state for rng in self._rngs],
+            "num_diverged": int(self.num_diverged),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `get_state` returned, to the last bit."""
+        self.batch.state[:] = state["simulations"]
+        self._last_position[:] = state["last_position"]
+        self._elapsed_steps[:] = state["elapsed_steps"]
+        self._rngs = [np_random(0)[0] for _ in state["rngs"]]
+        for rng, rng_state in zip(self._rngs, state["rngs"], strict=True):
+            rng.bit_generator.state = rng_state
+        self.num_diverged = state["num_diverged"]
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Apply actions [num_envs, act_dim] for one frame-skip; see the class for autoreset.
@@ -140,7 +165,6 @@ class MujocoVectorEnv(VectorEnv):
         actions = np.asarray(actions)
         if actions.shape != self.ctrl.shape:
             raise ValueError(f"actions must have shape {self.ctrl.shape}, not {actions.shape}")
-        position = self._position()
         self.ctrl[:] = actions
         self.batch.step(nstep=self.env.frame_skip)
         if self.has_contact_forces:
@@ -152,7 +176,9 @@ class MujocoVectorEnv(VectorEnv):
 
         healthy = self._healthy()
         observations = self._observation()
-        rewards = self._reward(actions, (self._position() - position) / self.env.dt, healthy)
+        position = self._position()
+        rewards = self._reward(actions, (position - self._last_position) / self.env.dt, healthy)
+        self._last_position = position
         terminations = ~healthy & getattr(self.env, "_terminate_when_unhealthy", False)
         truncations = self._elapsed_steps >= self.max_episode_steps
         infos: dict[str, Any] = {}

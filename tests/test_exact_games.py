@@ -151,7 +151,8 @@ class TabularActor(nn.Module):
         """Observations [B, 2] to log-probabilities [B, A] and weights [B]."""
         if self.log is not None:
             self.log.append(self.name)
-        return torch.log_softmax(self.logits, -1)[obs[:, 0].long()], obs[:, 1]
+        weights = obs[:, 1] + 0 * self.logits.sum()  # in the graph, as HATRPO expects of all of a distribution
+        return torch.log_softmax(self.logits, -1)[obs[:, 0].long()], weights
 
     @staticmethod
     def log_prob(dist: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
@@ -169,8 +170,11 @@ class TabularActor(nn.Module):
 
 
 def categorical_kl(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
-    """KL(old || new) of `TabularActor`'s distributions in nats, times the weight, [B]."""
-    return old[1] * (old[0].exp() * (old[0] - new[0])).sum(-1)
+    """KL(old || new) of `TabularActor`'s distributions in nats, times the weight, [B].
+
+    The second log_softmax changes no value: it makes the KL stationary in `new` at `old`, as Gauss-Newton needs it.
+    """
+    return new[1] * (old[0].exp() * (old[0] - torch.log_softmax(new[0], -1))).sum(-1)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,14 +31,14 @@ def run(script: ModuleType, *flags: object) -> subprocess.CompletedProcess:
 def train(script: ModuleType, run_dir: Path, **args: object) -> dict:
     """Run a script's main in this process on a small budget; return its model."""
     defaults = {"env_id": "Reacher-2x1", "total_timesteps": 256, "num_envs": 4, "num_steps": 32}
-    defaults |= {"hidden_sizes": (16, 16), "num_threads": 1, "num_minibatches": 2}
+    defaults |= {"hidden_sizes": (16, 16), "num_threads": 1, "num_minibatches": 2, "eval_episodes": 0}
     script.main(script.Args(**(defaults | args), run_dir=str(run_dir)))
     return torch.load(run_dir / "model.pt", weights_only=True)
 
 
 def same(a: dict, b: dict) -> bool:
     """Whether two models have the same networks and normalisers to the last bit."""
-    nets = [key for key in a if key != "args"]
+    nets = [key for key, value in a.items() if isinstance(value, dict) and key != "args"]
     assert any(key.startswith("agent_") for key in nets) and "obs_rms" in nets
     return all(torch.equal(a[net][key], b[net][key]) for net in nets for key in a[net])
 
@@ -202,8 +202,10 @@ def test_not_finite_stops_the_run(script: ModuleType, tmp_path: Path, capsys, mo
 
     monkeypatch.setattr(script, name, poisoned)
     with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run")
+        train(script, tmp_path / "run", checkpoint_interval=1)
     assert stop.value.code == 1
     assert "not finite at step 256: agent_1/log_std;" in capsys.readouterr().err
     model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
-    assert all(value.isfinite().all() for net, params in model.items() if net != "args" for value in params.values())
+    assert same(model, model) and all(p.isfinite().all() for i in (0, 1) for p in model[f"agent_{i}"].values())
+    broken = torch.load(tmp_path / "run" / "not_finite.pt", weights_only=True)
+    assert broken["agent_1"]["log_std"].isnan().any() and broken["agent_0"]["log_std"].isfinite().all()

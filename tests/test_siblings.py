@@ -16,7 +16,7 @@ ALGORITHM = (
     (r"^class Args", r"^# Running normalisation$"),
     (r"^# The algorithm$", r"^def compute_gae"),
     (r"^def minibatches", r"^def critic_update"),
-    (r"^    # Actor optimizers$", r"^    # Log$"),
+    (r"^    # Actor optimizers$", r"^    # Storage$"),
     (r"^        # Actor update$", r"^        # Critic update$"),
 )
 
