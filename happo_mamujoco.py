@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -610,8 +611,8 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.num_threads)
     generator = Generator(device).manual_seed(args.seed)
     try:
-        make_vec = partial(envs.make_vec, args.env_id, agent_obsk=args.agent_obsk, num_threads=args.num_threads)
-        vec, eval_vec = make_vec(args.num_envs), make_vec(max(1, args.eval_episodes))
+        sizes = args.num_envs, max(1, args.eval_episodes)
+        vec, eval_vec = (envs.make_vec(args.env_id, n, args.agent_obsk, args.num_threads) for n in sizes)
     except ValueError as e:
         usage_error(e)
     env, eval_env = (NormalizedEnv(v, args.gamma, device) for v in (vec, eval_vec))
@@ -738,13 +739,16 @@ def main(args: Args) -> None:
         if episodes:
             log["charts/episodic_return"], log["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
             last_returns.extend(episode_return for episode_return, _ in episodes)
+        if num_diverged := getattr(vec.unwrapped, "num_diverged", 0):  # rare: shown once there is one
+            log["charts/num_diverged"] = num_diverged
         for key, value in log.items():
             writer.add_scalar(key, value, global_step)
-        mean_return = np.mean(last_returns) if last_returns else np.nan
-        bar.set_postfix_str(f"episodic_return={mean_return:.1f}", refresh=False)
+        shown = f"episodic_return {np.mean(last_returns) if last_returns else np.nan:.1f}"
+        shown += f" diverged simulations {num_diverged}" if num_diverged else ""
+        bar.set_postfix_str(shown, refresh=False)
         bar.update(batch_size)
-        if bar.disable and (iteration % 10 == 0 or iteration == num_iterations):
-            print(f"step {global_step} episodic_return {mean_return:.1f} SPS {log['charts/SPS']:.0f}", flush=True)
+        if bar.disable and (iteration % 10 == 0 or last):
+            print(f"step {global_step} {shown} SPS {log['charts/SPS']:.0f}", flush=True)
 
         # Checkpoint
         finite = {key: np.isfinite(value) for key, value in log.items()}
@@ -788,6 +792,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread fails quietly: its error is raised again here
     try:
         main(parse_args())
     except OSError as e:  # a full or read-only disk, a deleted directory: what was saved before is whole

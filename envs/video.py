@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from envs.partition import Partition, actuated_joints
 from envs.tasks import MujocoVectorEnv
 
+BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
 SIZE = 480  # of the picture, in pixels
 GIF_SECONDS, GIF_FPS, GIF_SIZE = 4, 20, 200  # small enough for a README
 
@@ -53,7 +54,7 @@ def find_gl_backend() -> str:
     """
     if "MUJOCO_GL" in os.environ:
         return os.environ["MUJOCO_GL"]
-    for name in ("egl", "osmesa"):
+    for name in BACKENDS:
         # In a process of its own: a failed attempt leaves OpenGL half loaded.
         program = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
         env = os.environ | {"MUJOCO_GL": name}
