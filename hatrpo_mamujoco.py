@@ -590,9 +590,9 @@ def check_args(args: Args, checkpoint: dict[str, Any] | None) -> None:
         usage_error("--eval-only needs --resume RUN_DIR: there is no model to evaluate")
     if checkpoint:
         for name in asdict(args).keys() - MAY_CHANGE:
-            value, saved = getattr(args, name), checkpoint["args"][name]
-            if value != saved:
-                usage_error(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {saved}")
+            value, before = getattr(args, name), checkpoint["args"][name]
+            if value != before:
+                usage_error(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {before}")
         step = checkpoint["iteration"] * batch_size
         if args.total_timesteps < step + batch_size and not args.eval_only:
             usage_error(f"--total-timesteps {args.total_timesteps}: the run has {step} already, raise it to go on")
@@ -712,12 +712,13 @@ def main(args: Args) -> None:
 
     init_generator = Generator().manual_seed(args.seed)  # on the CPU: the same networks on every device
     actors = [a.to(device) for a in make_actors(partition, args.hidden_sizes, args.share_param, init_generator)]
-    critic = mlp((obs_dim, *args.hidden_sizes, 1), 1.0, init_generator).to(device)
     adam = partial(Adam, eps=1e-5, fused=True)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_learning_rate)
 
-    # Actor optimizers
-    optimizer_parts: dict[str, Adam] = {}  # none: the step is TRPO's
+    # Critic
+    critic = mlp((obs_dim, *args.hidden_sizes, 1), 1.0, init_generator).to(device)
+    critic_optimizer = adam(critic.parameters(), lr=args.critic_learning_rate)
+    networks = {f"agent_{i}": actor for i, actor in enumerate(actors)} | {"critic": critic}
+    saved = networks | {"critic_optimizer": critic_optimizer, "env": env}
 
     # Storage
     shape = (args.num_steps, args.num_envs)
@@ -727,12 +728,10 @@ def main(args: Args) -> None:
     rewards, terminations, truncations = torch.zeros(3, *shape, device=device)
 
     # Resume
-    networks = {f"agent_{i}": actor for i, actor in enumerate(actors)} | {"critic": critic}
-    parts = networks | optimizer_parts | {"critic_optimizer": critic_optimizer, "env": env}
     obs, start_iteration, start_time, run_id = env.reset(args.seed), 0, time.time(), f"{time.time_ns():x}"
     last_returns: deque[float] = deque(maxlen=20)
     if checkpoint:
-        for name, part in parts.items():
+        for name, part in saved.items():
             part.load_state_dict(checkpoint[name])
         generator.set_state(checkpoint["generator"])
         obs, start_iteration, run_id = checkpoint["obs"].to(device), checkpoint["iteration"], checkpoint["run_id"]
@@ -793,7 +792,9 @@ def main(args: Args) -> None:
         advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
         b_obs, b_returns, b_advantages = obs_buf.flatten(0, 1), returns.flatten(), advantages.flatten()
         b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
-        agents_obs = [agent_obs(b_obs, partition, i, args.share_param) for i in range(num_agents)]
+
+        # Per agent
+        agents_obs = [agent_obs(obs_buf, partition, i, args.share_param).flatten(0, 1) for i in range(num_agents)]
         agents_actions = [actions.flatten(0, 1)[:, act_ids] for act_ids in partition.act_ids]
         agents_logprobs = list(logprobs.flatten(0, 1).T)
 
@@ -804,9 +805,8 @@ def main(args: Args) -> None:
         log["losses/M_std"] = M.std().item()
 
         # Critic update
-        critic_optimizer.param_groups[0]["lr"] = log["charts/critic_learning_rate"] = (
-            lr_scale * args.critic_learning_rate
-        )
+        log["charts/critic_learning_rate"] = lr_scale * args.critic_learning_rate
+        critic_optimizer.param_groups[0]["lr"] = lr_scale * args.critic_learning_rate
         value_loss = critic_update(critic, critic_optimizer, b_obs, b_returns, args, generator)
 
         # Evaluation
@@ -849,7 +849,7 @@ def main(args: Args) -> None:
         stopped = last or signals
         if stopped or iteration % (args.checkpoint_interval or num_iterations) == 0:
             writer.flush()  # first: a checkpoint never runs ahead of the log
-            state = {name: part.state_dict() for name, part in parts.items()} | {"generator": generator.get_state()}
+            state = {name: part.state_dict() for name, part in saved.items()} | {"generator": generator.get_state()}
             state |= {"obs": obs, "iteration": iteration, "seconds": time.time() - start_time, "run_id": run_id}
             state |= {"last_returns": list(last_returns), "script": Path(__file__).stem, "args": asdict(args)}
             save(state, run_dir / f"checkpoint_{global_step:012}.pt")

@@ -9,7 +9,7 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["mappo", "happo", "hatrpo"])
+@pytest.fixture(params=["mappo", "happo", "hatrpo", "ippo"])
 def script(request: pytest.FixtureRequest) -> ModuleType:
     """Each on-policy script."""
     return importlib.import_module(f"{request.param}_mamujoco")

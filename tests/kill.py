@@ -3,8 +3,8 @@
     python tests/kill.py --kills 20 > tests/kill.md
 
 Every script is killed (SIGKILL) that often in one run, at a moment drawn uniformly from the time in which it trains and
-saves (a checkpoint every iteration, so that many kills hit a file that is being written). The state at the end and every
-point of the log must be those of the uninterrupted run. Exits with 1 if they are not. About 3 minutes a script.
+saves (a checkpoint every iteration, so that many kills hit a file that is being written). The state at the end and
+every point of the log must be those of the uninterrupted run. Exits with 1 if they are not. About 3 minutes a script.
 """
 
 import random

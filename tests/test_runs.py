@@ -1,4 +1,4 @@
-"""Runs that are stopped, resumed, evaluated, filmed, shared, tracked, and that fail: to the last bit, or in one line."""
+"""Runs that are stopped, resumed, evaluated, filmed, shared, tracked, and that fail."""
 
 import json
 import os

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--num-envs", "4", "--num-steps", "32", "--hidden-sizes", "16", "16", "--num-threads", "1"]
 PPO_TAGS = {"policy_loss", "entropy", "approx_kl", "clip_fraction", "first_ratio"}
 TRPO_TAGS = {"kl", "surrogate_gain", "expected_gain", "backtracks", "accepted", "grad_norm", "entropy", "first_ratio"}
-AGENT_TAGS = {"mappo": PPO_TAGS, "happo": PPO_TAGS | {"M_std"}, "hatrpo": TRPO_TAGS | {"M_std"}}
+AGENT_TAGS = {"mappo": PPO_TAGS, "ippo": PPO_TAGS, "happo": PPO_TAGS | {"M_std"}, "hatrpo": TRPO_TAGS | {"M_std"}}
 
 
 def run(script: ModuleType, *flags: object) -> subprocess.CompletedProcess:

@@ -2,12 +2,13 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAIRS = [("mappo", "happo"), ("happo", "hatrpo")]
+PAIRS = [("mappo", "happo"), ("happo", "hatrpo"), ("mappo", "ippo")]
 
 # Where the scripts may differ: from the line that matches the first pattern up to the line that matches the second.
 ALGORITHM = (
@@ -19,11 +20,17 @@ ALGORITHM = (
     (r"^    # Actor optimizers$", r"^    # Storage$"),
     (r"^        # Actor update$", r"^        # Critic update$"),
 )
+# IPPO's critics are part of its algorithm.
+CRITICS = (
+    (r"^    # Critic$", r"^    # Actor optimizers$"),
+    (r"^        # Advantages$", r"^        agents_actions"),
+    (r"^        # Critic update$", r"^        # Evaluation$"),
+)
 
 
-def shared_text(path: Path) -> list[str]:
+def shared_text(path: Path, sections: Sequence[tuple[str, str]]) -> list[str]:
     """The lines of a script outside the sections that may differ."""
-    shared, sections, until = [], list(ALGORITHM), None
+    shared, sections, until = [], list(sections), None
     for line in path.read_text().splitlines():
         if until and re.search(until, line):
             until = None
@@ -42,7 +49,8 @@ def shared_text(path: Path) -> list[str]:
 def test_scripts_differ_only_in_the_algorithm(first: str, second: str):
     """Outside docstring, Args, the algorithm's functions and the actor update, siblings are the same to the letter."""
     paths = [ROOT / f"{name}_mamujoco.py" for name in (first, second)]
-    texts = [shared_text(path) for path in paths]
+    sections = [*ALGORITHM, *CRITICS] if second == "ippo" else ALGORITHM
+    texts = [shared_text(path, sections) for path in paths]
     hunk = "\n".join(difflib.unified_diff(*texts, *(path.name for path in paths), lineterm="", n=1))
     assert not hunk, f"not the algorithm, but different:\n{hunk}"
     assert len(texts[0]) > 300  # the comparison has not shrunk to nothing
@@ -66,7 +74,7 @@ def test_functions_of_one_name_are_one_text(first: str, second: str):
 
 def test_diffs_stay_small():
     """`diff` of two siblings is short enough to be read as the algorithm."""
-    for first, second, most in (("mappo", "happo", 60), ("happo", "hatrpo", 210)):
+    for first, second, most in (("mappo", "happo", 60), ("happo", "hatrpo", 210), ("mappo", "ippo", 70)):
         a, b = ((ROOT / f"{name}_mamujoco.py").read_text().splitlines() for name in (first, second))
         changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
         assert len(changed) <= most, f"{first} -> {second}: {len(changed)} changed lines"
