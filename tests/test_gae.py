@@ -83,6 +83,8 @@ PARTITION = envs.Partition(
 class TapeVec:
     """A vector environment that plays known tables back; `ends[t, e]` adds 1 for a termination, 2 for a truncation."""
 
+    unwrapped = property(lambda self: self)
+
     def __init__(self, num_steps, num_envs=3, seed=0):
         rng = np.random.default_rng(seed)
         self.num_envs, self.partition = num_envs, PARTITION
@@ -254,14 +256,18 @@ def forward(layers, x):
 @pytest.mark.parametrize("share_param", [False, True], ids=["separate", "shared"])
 def test_main_stores_and_passes_on_what_happened(script, share_param, monkeypatch, tmp_path):
     """Two iterations of `main` on known tables: everything that reaches GAE, the actors and the critic is right."""
+    if script.__name__.startswith("ippo"):
+        pytest.skip("its critics are another matter: test_ippo.py")
     num_steps, num_envs, gamma = 9, 3, 0.8
     vec = TapeVec(2 * num_steps)
     assert (vec.ends[:num_steps] == 3).any() and (vec.ends[num_steps - 1] > 0).any()
     monkeypatch.setattr(envs, "make_vec", lambda *_: vec)
+    monkeypatch.setattr(envs, "get_state", lambda _: {})
     update = script.__name__.split("_")[0] + "_update"
     calls = record_calls(monkeypatch, script, ["compute_gae", update, "critic_update"])
     args = script.Args(env_id="Tape-2", run_dir=str(tmp_path / "run"), num_envs=num_envs, num_steps=num_steps)
     args.total_timesteps, args.gamma, args.gae_lambda = 2 * num_steps * num_envs, gamma, 0.7
+    args.eval_episodes = 0
     args.share_param, args.hidden_sizes, args.anneal_lr, args.seed = share_param, (8, 7), True, 11
     args.num_minibatches, args.critic_epochs, args.critic_learning_rate = 3, 2, 0.01
     if script is hatrpo:  # steps so long that a second iteration with the first one's policy would show

@@ -59,9 +59,10 @@ def test_requirements_are_enough(script: ModuleType):
     program = f"import sys, {script.__name__}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     owners = importlib.metadata.packages_distributions()
-    names = {name for module in loaded.stdout.split() for name in owners.get(module, [])}
-    assert {"torch", "gymnasium", "mujoco"} <= names
-    assert {canonicalize_name(name) for name in names} - {name for name, _ in needed} <= {"setuptools"}
+    needed_names = {name for name, _ in needed} | {"setuptools"}
+    modules = {module: {canonicalize_name(name) for name in owners.get(module, [])} for module in loaded.stdout.split()}
+    assert {"torch", "gymnasium", "mujoco"} <= modules.keys()
+    assert [module for module, names in modules.items() if names and not names & needed_names] == []
 
 
 def test_log_and_model(script: ModuleType, tmp_path: Path):
