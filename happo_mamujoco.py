@@ -134,11 +134,11 @@ class RunningMeanStd(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Add samples [n, dim]."""
-        n, delta = x.shape[0], x.mean(0) - self.mean
-        total = self.count + n
-        self.var = (self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total) / total
-        self.mean = self.mean + delta * n / total
-        self.count = total
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.count += x.shape[0]
+        weight, delta = x.shape[0] / self.count, mean - self.mean  # of what is new
+        self.var.lerp_(var + (1 - weight) * delta.square(), weight)
+        self.mean.lerp_(mean, weight)
 
 
 class NormalizedEnv:
