@@ -102,7 +102,7 @@ class Args:
     """passes of the critic over the batch per iteration"""
     num_minibatches: int = 2
     """minibatches per pass; must divide the batch"""
-    target_kl: float = 0.002
+    target_kl: float = 0.005
     """delta: radius of the trust region of one agent's step, mean KL in nats"""
     backtrack_coeff: float = 0.8
     """alpha: what a rejected step is multiplied with"""
@@ -110,10 +110,10 @@ class Args:
     """L: how often, before the agent keeps its old policy"""
     accept_ratio: float = 0.5
     """kappa: least share of the gain expected by the gradient that a step must achieve"""
-    cg_iters: int = 10
+    cg_iters: int = 5
     """iterations of the conjugate gradient"""
-    cg_damping: float = 0.1
-    """what is added to the Fisher matrix's diagonal in the conjugate gradient"""
+    cg_damping: float = 10.0
+    """what is added to the Fisher matrix's diagonal in the conjugate gradient; little lets a step fit single samples"""
     fisher_stride: int = 1
     """the Fisher matrix is taken on every n-th row of the batch; the line search's KL always on all"""
     ent_coef: float = 0.0
