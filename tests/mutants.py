@@ -3,8 +3,8 @@
     python tests/mutants.py            # all, prints a table, exit code 1 if one survives
     python tests/mutants.py 3 17       # only these
 
-A fault in a line that several scripts have is made in all of them, and tests/test_siblings.py does not take part, so that
-what is caught is the fault and not the difference.
+A fault in a line that several scripts have is made in all of them (in ippo_mamujoco.py where mappo_mamujoco.py has it),
+and tests/test_siblings.py does not take part, so that what is caught is the fault and not the difference.
 """
 
 import shutil
@@ -25,6 +25,8 @@ ORDER = (
     "partition",
     "models",
     "tasks",
+    "ippo",
+    "runs",
     "scripts",
     "learning",
 )
@@ -58,7 +60,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("rejected step kept", SCRIPTS[2:], "    vector_to_parameters(new_params, params)\n    with", "    with"),
     ("steepest descent for conjugate gradient", SCRIPTS[2:], "direction = residual + rr / old_rr * direction", "direction = residual"),
     ("conjugate gradient never stops", SCRIPTS[2:], "        if rr < tolerance:\n            break\n", ""),
-    ("Fisher matrix on the wrong rows' scale", SCRIPTS[2:], "kl = gaussian_kl(tuple(d.detach() for d in dist), dist).mean()", "kl = gaussian_kl(tuple(d.detach() for d in dist), dist).sum()"),
+    ("Fisher matrix on the wrong rows' scale", SCRIPTS[2:], "for d in dist), new).mean(), new, create", "for d in dist), new).sum(), new, create"),
     ("truncation taken for termination", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * (1 - terminations) * (1 - truncations) * next_values"),
     ("termination ignored", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * next_values"),
     ("advantages cross truncations", SCRIPTS, "(1 - terminations) * (1 - truncations)  # nothing", "(1 - terminations)  # nothing"),
@@ -68,7 +70,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("normaliser not frozen", SCRIPTS, "        if self.training:\n            self.obs_rms.update(obs)\n            self.returns", "        if True:\n            self.obs_rms.update(obs)\n            self.returns"),
     ("normaliser updated twice", SCRIPTS, "self.return_rms.update(self.returns[:, None])", "[self.return_rms.update(self.returns[:, None]) for _ in 'ab']"),
     ("discounted return crosses episodes", SCRIPTS, "self.returns = self.returns * (1 - terminations) * (1 - truncations)", "pass"),
-    ("variance not pooled with the means' distance", SCRIPTS, " + delta**2 * self.count * n / total) / total", ") / total"),
+    ("variance not pooled with the means' distance", SCRIPTS, "var + (1 - weight) * delta.square(), weight", "var, weight"),
     ("actions not clipped", SCRIPTS, "actions.clamp(-1, 1).cpu()", "actions.cpu()"),
     ("actions not scaled to the actuators", SCRIPTS, "self.action_mid + self.action_half * actions", "actions"),
     ("outputs in agent order, not on the actuators", SCRIPTS, "self.output_ids[act_ids] =", "self.output_ids[sorted(act_ids)] ="),
@@ -92,6 +94,29 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("Ant's diagonals swapped for sides", ("envs/partition.py",), '"2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]]', '"2x4d": [[2, 3, 6, 7], [4, 5, 0, 1]]'),
     ("the root hidden from the agents", ("envs/partition.py",), "if entry not in jointed and entry[0] not in BODY_FIELDS", "if entry[0] == 'global'"),
     ("neighbours across the world body", ("envs/partition.py",), 'return "root", model.body_rootid[model.jnt_bodyid[joint]]', 'return "root", 0'),
+    # Runs
+    ("generator not restored", SCRIPTS, 'generator.set_state(checkpoint["generator"])', "pass"),
+    ("observation not restored", SCRIPTS, 'checkpoint["obs"].to(device)', "obs"),
+    ("discounted returns not restored", SCRIPTS, 'self.returns = state["returns"].to(self.device)', "pass"),
+    ("optimisers of the actors not saved", SCRIPTS[:2], 'saved |= {f"optimizer', '_ = {f"optimizer'),
+    ("evaluation moves the statistics", SCRIPTS, "eval_env.training = env.obs_rms, False", "eval_env.training = env.obs_rms, True"),
+    ("evaluation samples", SCRIPTS, "env.step(policy.mean(obs))", "env.step(policy.act(obs, Generator())[0])"),
+    ("short episodes counted twice", SCRIPTS, 'infos["_episode"] & unfinished, infos', 'infos["_episode"], infos'),
+    ("points logged twice after a kill", SCRIPTS, "purge_step=start_step + 1 if checkpoint else None", "purge_step=None"),
+    ("checkpoint runs ahead of the log", SCRIPTS, "writer.flush()  # first", "pass  # first"),
+    ("only one checkpoint kept", SCRIPTS, '("checkpoint_*.pt"))[:-2]', '("checkpoint_*.pt"))[:-1]'),
+    ("contradicting arguments accepted", SCRIPTS, "if value != before:", "if False:"),
+    ("a checkpoint may run code", SCRIPTS, 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+    ("another exit code", SCRIPTS, "128 + signals[0]", "1"),
+    ("elapsed steps not restored", ("envs/tasks.py",), 'self._elapsed_steps[:] = state["elapsed_steps"]', "pass"),
+    ("reset noise not restored", ("envs/tasks.py",), "            rng.bit_generator.state = rng_state", "            pass"),
+    ("last position not restored", ("envs/tasks.py",), 'self._last_position[:] = state["last_position"]', "pass"),
+    ("a limb in another agent's colour", ("envs/video.py",), ".append(agent)\n", ".append(0)\n"),
+    ("film changes the simulation", ("envs/video.py",), "self.env.data.qpos[:], self.env.data.qvel[:] = self.base.qpos[0], self.base.qvel[0]", "self.base.qvel[0] = 0"),
+    # IPPO
+    ("all agents follow the first one's advantages", ("ippo_mamujoco.py",), "advantages[i][mb]", "advantages[0][mb]"),
+    ("all agents' critics fit the first one's returns", ("ippo_mamujoco.py",), "list(returns.flatten(1))", "[returns[0].flatten()] * num_agents"),
+    ("advantages of the first critic for all", ("ippo_mamujoco.py",), "[gae[0].flatten() for gae in gaes]", "[gaes[0][0].flatten() for gae in gaes]"),
 ]  # fmt: skip
 
 
@@ -100,12 +125,17 @@ def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> 
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp, "project")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "benchmark", "__pycache__"))
+        if "mappo_mamujoco.py" in files and (copy / "ippo_mamujoco.py").read_text().count(old) == 1:
+            files = (*files, "ippo_mamujoco.py")
         for file in files:
             text = (copy / file).read_text()
             if text.count(old) != 1:
                 raise SystemExit(f"{description}: {old!r} occurs {text.count(old)} times in {file}, not once")
             (copy / file).write_text(text.replace(old, new))
         first = ("partition", "models", "tasks") if "envs/" in "".join(files) else ()
+        runs = [mutant[0] for mutant in MUTANTS].index("generator not restored")
+        if description in [mutant[0] for mutant in MUTANTS[runs:]]:
+            first = ("ippo", "runs")
         tests = [f"tests/test_{name}.py" for name in dict.fromkeys((*first, *ORDER))]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
         out = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
