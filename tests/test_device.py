@@ -81,7 +81,7 @@ def on_meta(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_everything_is_on_the_device(on_meta: ModuleType, flags: dict, tmp_path: Path):
     """Rollout with the ends of episodes, update, evaluation, checkpoint: no tensor is left on the CPU.
 
-    A step costs one transfer each way (and two more to the device when an episode ends: its last observation, and where).
+    A step costs one transfer each way (and two to the device when an episode ends: its last observation, and where).
     """
     device = Device()
     with device:
