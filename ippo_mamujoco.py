@@ -678,9 +678,15 @@ def main(args: Args) -> None:
             wandb.init(project=project, entity=entity, sync_tensorboard=True, **wandb_args)
         # What was logged after the checkpoint will be logged again: purge_step makes readers forget the first time.
         writer = SummaryWriter(str(run_dir), purge_step=start_step + 1 if checkpoint else None)
+        writer.add_text("args", "\n".join(f"- {key}: {value}" for key, value in asdict(args).items()), start_step)
     signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def finish_iteration(number: int, _: object) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    signal.signal(signal.SIGINT, finish_iteration)
+    signal.signal(signal.SIGTERM, finish_iteration)
     total = num_iterations * batch_size
     bar = tqdm(total=total, initial=start_step, unit="step", disable=args.eval_only or not sys.stderr.isatty())
 
