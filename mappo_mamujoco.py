@@ -113,6 +113,8 @@ class Args:
     """largest norm of a network's gradient; longer ones are scaled down"""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """sizes of the hidden layers of actors and critic"""
+    log_std_init: float = -0.5
+    """log of the first standard deviation of the actions, which go from -1 to 1"""
     share_param: bool = False
     """ablation: one network for all agents, which is told the agent's id"""
 
@@ -230,12 +232,14 @@ class Actor(nn.Module):
     The update functions use nothing else of a policy: another class with these methods gives another kind of policy.
     """
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int], generator: Generator) -> None:
+    def __init__(
+        self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int], generator: Generator, log_std_init: float = -0.5
+    ) -> None:
         """Build the network from `obs_dim` inputs to the means of `act_dim` actions."""
         super().__init__()
         self.act_dim = act_dim
         self.net = mlp((obs_dim, *hidden_sizes, act_dim), 0.01, generator)
-        self.log_std = nn.Parameter(torch.full((act_dim,), -0.5))
+        self.log_std = nn.Parameter(torch.full((act_dim,), log_std_init))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations [..., obs_dim] to the distribution: mean [..., act_dim] and log standard deviation [act_dim]."""
@@ -256,13 +260,17 @@ class Actor(nn.Module):
 
 
 def make_actors(
-    partition: envs.Partition, hidden_sizes: Sequence[int], share_param: bool, generator: Generator
+    partition: envs.Partition,
+    hidden_sizes: Sequence[int],
+    share_param: bool,
+    generator: Generator,
+    log_std_init: float = -0.5,
 ) -> list[Actor]:
     """One actor per agent; with `share_param` they are views of one network (see `agent_obs` for its input)."""
     obs_dims, act_dims = [len(ids) for ids in partition.obs_ids], [len(ids) for ids in partition.act_ids]
     if not share_param:
-        return [Actor(o, a, hidden_sizes, generator) for o, a in zip(obs_dims, act_dims, strict=True)]
-    shared = Actor(max(obs_dims) + partition.num_agents, max(act_dims), hidden_sizes, generator)
+        return [Actor(o, a, hidden_sizes, generator, log_std_init) for o, a in zip(obs_dims, act_dims, strict=True)]
+    shared = Actor(max(obs_dims) + partition.num_agents, max(act_dims), hidden_sizes, generator, log_std_init)
     actors = [copy.copy(shared) for _ in act_dims]  # shallow: the parameters are the same objects
     for actor, act_dim in zip(actors, act_dims, strict=True):
         actor.act_dim = act_dim
@@ -613,7 +621,8 @@ def main(args: Args) -> None:
     obs_dim, act_dim = vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
 
     init_generator = Generator().manual_seed(args.seed)  # on the CPU: the same networks on every device
-    actors = [a.to(device) for a in make_actors(partition, args.hidden_sizes, args.share_param, init_generator)]
+    kind = args.hidden_sizes, args.share_param
+    actors = [a.to(device) for a in make_actors(partition, *kind, init_generator, args.log_std_init)]
     adam = partial(Adam, eps=1e-5, fused=True)
 
     # Critic
