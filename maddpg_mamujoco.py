@@ -95,7 +95,7 @@ class Args:
     """updates of critic and actors per environment step; 0.05 is one for every step of 20 environments"""
     batch_size: int = 256
     """transitions per update"""
-    n_step: int = 5
+    n_step: int = 20
     """rewards in a target before it bootstraps; fewer where the episode ends"""
     learning_rate: float = 1e-3
     """learning rate of the actors"""
@@ -107,7 +107,7 @@ class Args:
     """share of the networks in their targets after an update (Polyak averaging)"""
     exploration_noise: float = 0.1
     """standard deviation of the noise on actions, which go from -1 to 1"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[int, ...] = (128, 128)
     """sizes of the hidden layers of actors and critic"""
 
 

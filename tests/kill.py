@@ -24,13 +24,14 @@ from test_runs import differences, newest, scalars  # noqa: E402
 
 FLAGS = ["--env-id", "Hopper-3x1", "--num-envs", "4", "--num-steps", "32", "--num-threads", "1"]
 FLAGS += ["--total-timesteps", "25600", "--checkpoint-interval", "1", "--eval-interval", "4000", "--eval-episodes", "2"]
+MADDPG = ["--learning-starts", "500", "--batch-size", "32", "--buffer-size", "10000"]
 
 
 @dataclass
 class Args:
     """Command line."""
 
-    scripts: tuple[str, ...] = ("mappo", "happo", "hatrpo")
+    scripts: tuple[str, ...] = ("mappo", "happo", "hatrpo", "ippo", "maddpg")
     """which scripts"""
     kills: int = 20
     """how often each is killed"""
@@ -46,6 +47,11 @@ def start(script: str, flags: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def flags_of(script: str) -> list[str]:
+    """The flags of a script's runs."""
+    return FLAGS + MADDPG if script == "maddpg" else FLAGS
+
+
 def starts(run_dir: Path) -> int:
     """How often a run has begun to train: a line of its record each."""
     record = run_dir / "run.jsonl"
@@ -54,14 +60,14 @@ def starts(run_dir: Path) -> int:
 
 def kill_and_resume(script: str, run_dir: Path, kills: int, seconds: float, rng: random.Random) -> tuple[int, set[int]]:
     """Kill a run `kills` times, then let it finish; return how many kills left half a file, and where they came."""
-    half_files, iterations = 0, set()
+    half_files, iterations, flags = 0, set(), flags_of(script)
     for _ in range(kills):
         while True:
             resumed = run_dir.exists() and any(run_dir.glob("checkpoint_*.pt"))
             if not resumed:
                 shutil.rmtree(run_dir, ignore_errors=True)
             before = starts(run_dir)
-            process = start(script, ["--resume", str(run_dir)] if resumed else [*FLAGS, "--run-dir", str(run_dir)])
+            process = start(script, ["--resume", str(run_dir)] if resumed else [*flags, "--run-dir", str(run_dir)])
             while starts(run_dir) == before and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, seconds))
@@ -88,7 +94,7 @@ def main(args: Args) -> None:
     for script in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
             whole, killed = Path(folder, "whole"), Path(folder, "killed")
-            process = start(script, [*FLAGS, "--run-dir", str(whole)])
+            process = start(script, [*flags_of(script), "--run-dir", str(whole)])
             if process.wait() != 0:
                 raise SystemExit(f"{script} failed: {process.stderr.read()}")
             half_files, iterations = kill_and_resume(script, killed, args.kills, args.seconds, rng)
