@@ -18,7 +18,7 @@ from envs.tasks import MujocoVectorEnv
 
 BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
 SIZE = 480  # of the picture, in pixels
-GIF_SECONDS, GIF_FPS, GIF_SIZE = 4, 20, 200  # small enough for a README
+GIF_SECONDS, GIF_FPS, GIF_SIZE = 3, 20, 240  # small enough for a README
 
 
 def agent_colors(num_agents: int) -> np.ndarray:
@@ -76,8 +76,10 @@ class Film:
         self.base, self.partition = vec.unwrapped, vec.partition
         self.env = self.base.env if isinstance(self.base, MujocoVectorEnv) else self.base.envs[0].unwrapped
         paint(self.env.model, self.partition)
-        camera = self.env.mujoco_renderer.default_cam_config
-        self.renderer = MujocoRenderer(self.env.model, self.env.data, camera, SIZE, SIZE)
+        config, model = self.env.mujoco_renderer.default_cam_config, self.env.model
+        tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0  # follows a robot that walks
+        camera = {"camera_name": "track"} if tracks else {}
+        self.renderer = MujocoRenderer(model, self.env.data, config, SIZE, SIZE, **camera)
         try:
             self._draw()
         except Exception as e:  # the libraries below raise whatever they like

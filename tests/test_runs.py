@@ -359,6 +359,23 @@ def test_filming_leaves_the_physics_alone():
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.skipif(not gl_works(), reason="no EGL or OSMesa here")
+@pytest.mark.parametrize(
+    "env_id", ["HalfCheetah-6x1", "Ant-4x2", "Hopper-3x1", "Walker2d-6x1", "Humanoid-17x1", "ManySegmentSwimmer-10x2"]
+)
+def test_the_camera_follows_the_robot(env_id: str):
+    """After 20 metres the robot is still in the picture: as many pixels of the agents' bright colours as before."""
+    vec = envs.make_vec(env_id, 1)
+    vec.reset(seed=0)
+    film, pixels = Film(vec), []
+    for _ in range(2):
+        picture = film._draw().astype(int)
+        pixels.append((picture.max(axis=-1) - picture.min(axis=-1) > 80).sum())
+        vec.unwrapped.qpos[0, 0] += 20
+    film.renderer.close()
+    assert pixels[0] > 100 and 0.5 < pixels[1] / pixels[0] < 2
+
+
 # Records
 
 
