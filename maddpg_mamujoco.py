@@ -91,13 +91,13 @@ class Args:
     """transitions that the replay buffer holds; its memory is stated at the start"""
     learning_starts: int = 10_000
     """environment steps with uniformly random actions, before the first update"""
-    updates_per_step: float = 0.05
-    """updates of critic and actors per environment step; 0.05 is one for every step of 20 environments"""
+    updates_per_step: float = 0.1
+    """updates of critic and actors per environment step; 0.1 is two for every step of 20 environments"""
     batch_size: int = 256
     """transitions per update"""
-    n_step: int = 20
+    n_step: int = 5
     """rewards in a target before it bootstraps; fewer where the episode ends"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """learning rate of the actors"""
     critic_learning_rate: float = 1e-3
     """learning rate of the critic"""
@@ -550,9 +550,10 @@ def main(args: Args) -> None:
         vec, eval_vec = (envs.make_vec(args.env_id, n, args.agent_obsk, args.num_threads) for n in sizes)
     except ValueError as e:
         usage_error(e)
-    # Nothing is normalised: what is in the buffer would outlive any statistics. (The clip is what would be left of it.)
-    env, eval_env = (NormalizedEnv(v, args.gamma, device, clip=float("inf")) for v in (vec, eval_vec))
+    # What is in the buffer outlives the statistics: `env` leaves it raw, and what is drawn is normalised by the newest.
+    env, eval_env = NormalizedEnv(vec, args.gamma, device, float("inf")), NormalizedEnv(eval_vec, args.gamma, device)
     env.training = eval_env.training = False
+    obs_rms, normalize_obs = eval_env.obs_rms, eval_env.normalize_obs
     partition, num_agents = vec.partition, vec.partition.num_agents
     obs_dim, act_dim = vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
 
@@ -567,7 +568,7 @@ def main(args: Args) -> None:
     networks = {f"agent_{i}": actor for i, actor in enumerate(actors)} | {"critic": critic}
     saved = networks | {f"target_agent_{i}": actor for i, actor in enumerate(target_actors)}
     saved |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    saved |= {"target_critic": target_critic, "critic_optimizer": critic_optimizer, "env": env}
+    saved |= {"target_critic": target_critic, "critic_optimizer": critic_optimizer, "env": env, "obs_rms": obs_rms}
 
     # Storage
     bytes_per_step = 4 * (2 * obs_dim + act_dim + 3)
@@ -639,12 +640,13 @@ def main(args: Args) -> None:
         critic_stats: dict[str, Tensor] = {}
         stats: list[dict[str, Tensor]] = [{} for _ in actors]
         for step in range(global_step - batch_size, global_step, args.num_envs):
+            obs_rms.update(obs.double())
             shape = args.num_envs, act_dim
             if step < args.learning_starts:
                 actions = 2 * torch.rand(shape, generator=generator, device=device) - 1
             else:
                 noise = torch.randn(shape, generator=generator, device=device)
-                actions = (policy.mean(obs) + args.exploration_noise * noise).clamp(-1, 1)
+                actions = (policy.mean(normalize_obs(obs)) + args.exploration_noise * noise).clamp(-1, 1)
             last_obs = obs
             obs, next_obs, rewards, terminations, truncations, infos = env.step(actions)
             transition = {"obs": last_obs, "next_obs": next_obs, "actions": actions, "rewards": rewards}
@@ -658,8 +660,9 @@ def main(args: Args) -> None:
             due = int(max(0, after) * args.updates_per_step) - int(max(0, before) * args.updates_per_step)
             for _ in range(due):
                 sample = buffer.sample(args.batch_size, args.n_step, args.gamma, generator)
-                b_obs, b_actions, *returns_next_obs_and_discounts = sample
-                targets = critic_targets(target_policy, target_critic, *returns_next_obs_and_discounts)
+                b_obs, b_actions, b_returns, b_next_obs, b_discounts = sample
+                b_obs, b_next_obs = normalize_obs(b_obs), normalize_obs(b_next_obs)
+                targets = critic_targets(target_policy, target_critic, b_returns, b_next_obs, b_discounts)
                 critic_stats = critic_update(critic, critic_optimizer, b_obs, b_actions, targets)
                 for i, ids in enumerate(zip(partition.obs_ids, partition.act_ids, strict=True)):
                     stats[i] = actor_update(actors[i], optimizers[i], critic, b_obs, b_actions, *ids)
@@ -711,7 +714,7 @@ def main(args: Args) -> None:
                 old.unlink()
             ids = {"obs_ids": partition.obs_ids, "act_ids": partition.act_ids}
             model = states | {key: [i.tolist() for i in value] for key, value in ids.items()}
-            save(model | {"obs_rms": env.obs_rms.state_dict(), "args": asdict(args)}, run_dir / "model.pt")
+            save(model | {"obs_rms": obs_rms.state_dict(), "args": asdict(args)}, run_dir / "model.pt")
         if stopped:
             writer.close()
             bar.close()

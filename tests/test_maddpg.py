@@ -225,11 +225,14 @@ def test_what_reaches_buffer_and_environment(tmp_path: Path, monkeypatch: pytest
             assert torch.equal(stored[i + 1]["obs"], obs)
     random = torch.stack([b["actions"] for b in stored[:128]]).flatten()
     assert stats.kstest(random.numpy(), stats.uniform(-1, 2).cdf).pvalue > 0.01
-    early = torch.stack([b["actions"] for b in stored[128:140]]).flatten()  # the policy's own actions are near 0 still
+    early = torch.stack([b["actions"] for b in stored[128:140]]).flatten()  # the policy's own actions are small still
     assert early.std().item() == pytest.approx(0.2, rel=0.3) and abs(early.mean().item()) < 0.1
     # 0.125 updates a step, 4 environments: one every other step, after the first 512 environment steps.
     assert [b["updates"] for b in stored[126:134]] == [0, 0, 0, 0, 1, 1, 2, 2]
     assert len(updates) == 64
+    # What is learnt from is normalised: the raw observations have cosines, far from 0.
+    learnt, raw = torch.cat([args[2] for args in updates]), torch.cat([b["obs"] for b in stored])
+    assert raw[:, :2].mean() > 0.3 and learnt.mean(0).abs().max() < 0.25 and (learnt.std(0) - 1).abs().max() < 0.4
 
 
 def test_log_and_model(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -241,7 +244,9 @@ def test_log_and_model(tmp_path: Path, capsys: pytest.CaptureFixture):
     tags = {"losses/q_loss", "losses/q_value", "agent_0/policy_loss", "agent_1/policy_loss", "charts/SPS"}
     assert tags | {"charts/episodic_return", "eval/episodic_return"} <= set(log.Tags()["scalars"])
     assert set(model) == {"agent_0", "agent_1", "critic", "obs_ids", "act_ids", "obs_rms", "args"}
-    assert model["obs_rms"]["mean"].abs().sum() == 0 and (model["obs_rms"]["var"] == 1).all()  # nothing is normalised
+    stored = newest(tmp_path / "run")["buffer"]["obs"].double().flatten(0, 1)  # raw, and all of it: nothing gave way
+    torch.testing.assert_close(model["obs_rms"]["mean"], stored.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model["obs_rms"]["var"], stored.var(0, correction=0), rtol=1e-3, atol=1e-4)
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
