@@ -263,6 +263,17 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
     assert a["losses/q_loss"] == b["losses/q_loss"] and a["charts/episodic_return"] == b["charts/episodic_return"]
 
 
+def test_eval_only_repeats_the_last_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """With the frozen statistics of the checkpoint; evaluation does not disturb the training."""
+    train(tmp_path / "run", eval_episodes=3, eval_interval=1)
+    train(tmp_path / "without")
+    assert differences(newest(tmp_path / "run"), newest(tmp_path / "without")) == []
+    capsys.readouterr()
+    maddpg.main(maddpg.Args(**newest(tmp_path / "run")["args"] | {"resume": str(tmp_path / "run"), "eval_only": True}))
+    logged = scalars(tmp_path / "run")["eval/episodic_return"]
+    assert len(logged) == 4 and capsys.readouterr().out.startswith(f"eval/episodic_return {logged[-1][1]:.1f} ")
+
+
 def test_same_seed_same_run(tmp_path: Path):
     """The same arguments give the same bits; another seed does not."""
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):

@@ -102,6 +102,16 @@ def test_environment_threads_change_nothing(script: ModuleType, tmp_path: Path, 
     assert same(models[0], models[1]) and same(models[0], models[2])
 
 
+@pytest.mark.parametrize("flags", [{}, {"share_param": True}], ids=["separate", "shared"])
+def test_first_standard_deviation(script: ModuleType, flags: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`--log-std-init` is that of the first actions."""
+    drawn, step = [], script.NormalizedEnv.step
+    monkeypatch.setattr(script.NormalizedEnv, "step", lambda self, a: drawn.append(a.clone()) or step(self, a))
+    steps = {"num_envs": 20, "num_steps": 100, "total_timesteps": 2000}
+    train(script, tmp_path / "run", env_id="Hopper-3x1", log_std_init=-2.0, **steps, **flags)
+    assert torch.stack(drawn).std().item() == pytest.approx(np.exp(-2.0), rel=0.05)
+
+
 @pytest.mark.parametrize("env_id", envs.ENV_IDS)
 def test_every_environment_of_the_papers(env_id: str, tmp_path: Path):
     """Two iterations of HAPPO on each id, with partial observations: every agent's actor changes."""
