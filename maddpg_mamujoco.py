@@ -248,14 +248,16 @@ class JointPolicy:
     """All the actors as one: flat observations to flat actions."""
 
     def __init__(self, actors: Sequence[Actor], partition: envs.Partition) -> None:
-        """Keep the actors; it follows their updates."""
-        self.actors, self.partition = actors, partition
-        self.order = np.argsort(np.concatenate(partition.act_ids))  # from the agents' order to the actuators'
+        """Keep the actors, whose updates it follows, and the partition on their device."""
+        self.actors, device = actors, next(actors[0].parameters()).device
+        self.obs_ids = [torch.as_tensor(ids, device=device) for ids in partition.obs_ids]
+        self.act_ids = [torch.as_tensor(ids, device=device) for ids in partition.act_ids]
+        self.order = torch.cat(self.act_ids).argsort()  # from the agents' order to the actuators'
 
     @torch.no_grad()
     def mean(self, obs: Tensor) -> Tensor:
         """Flat observations [..., obs_dim] to the flat action [..., act_dim]."""
-        actions = [actor(obs[..., ids]) for actor, ids in zip(self.actors, self.partition.obs_ids, strict=True)]
+        actions = [actor(obs[..., ids]) for actor, ids in zip(self.actors, self.obs_ids, strict=True)]
         return torch.cat(actions, dim=-1)[..., self.order]
 
 
@@ -364,8 +366,8 @@ def actor_update(
     critic: Critic,
     obs: Tensor,
     actions: Tensor,
-    obs_ids: np.ndarray,
-    act_ids: np.ndarray,
+    obs_ids: Tensor,
+    act_ids: Tensor,
 ) -> dict[str, Tensor]:
     """Take one step of one actor up Q(s, a^1.., mu^i(o^i), ..a^n) (Lowe et al., eq. 5); return what is logged.
 
@@ -385,7 +387,8 @@ def actor_update(
 def polyak(targets: Iterable[nn.Module], networks: Iterable[nn.Module], tau: float) -> None:
     """Move target networks towards the networks: target = (1 - tau) * target + tau * network."""
     for target, network in zip(targets, networks, strict=True):
-        torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
+        for target_param, param in zip(target.parameters(), network.parameters(), strict=True):
+            target_param.lerp_(param, tau)
 
 
 # Main
@@ -571,24 +574,23 @@ def main(args: Args) -> None:
     saved |= {"target_critic": target_critic, "critic_optimizer": critic_optimizer, "env": env, "obs_rms": obs_rms}
 
     # Storage
-    bytes_per_step = 4 * (2 * obs_dim + act_dim + 3)
-    needed, available = args.buffer_size * bytes_per_step, available_memory(device)
-    if needed > available:
-        fits = int(0.5 * available / bytes_per_step)
-        usage_error(
-            f"the replay buffer needs {needed / 2**20:.0f} MiB, {available / 2**20:.0f} are free: --buffer-size {fits}"
-        )
     if not args.eval_only:
-        print(f"replay buffer: {needed / 2**20:.0f} MiB for {args.buffer_size} transitions", flush=True)
-    buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, act_dim, device)
-    saved |= {"buffer": buffer}
+        bytes_per_step = 4 * (2 * obs_dim + act_dim + 3)
+        needed, available = args.buffer_size * bytes_per_step, available_memory(device)
+        mib = f"{needed / 2**20:.0f} MiB"
+        if needed > available:
+            fits = int(0.5 * available / bytes_per_step)
+            usage_error(f"the replay buffer needs {mib}, {available / 2**20:.0f} are free: --buffer-size {fits}")
+        print(f"replay buffer: {mib} for {args.buffer_size} transitions", flush=True)
+        buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, act_dim, device)
+        saved |= {"buffer": buffer}
 
     # Resume
     obs, start_iteration, start_time, run_id = env.reset(args.seed), 0, time.time(), f"{time.time_ns():x}"
     last_returns: deque[float] = deque(maxlen=20)
     if checkpoint:
         for name, part in saved.items():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint.pop(name))  # and let go of it: the buffer is large
         generator.set_state(checkpoint["generator"])
         obs, start_iteration, run_id = checkpoint["obs"].to(device), checkpoint["iteration"], checkpoint["run_id"]
         start_time -= checkpoint["seconds"]
@@ -664,7 +666,7 @@ def main(args: Args) -> None:
                 b_obs, b_next_obs = normalize_obs(b_obs), normalize_obs(b_next_obs)
                 targets = critic_targets(target_policy, target_critic, b_returns, b_next_obs, b_discounts)
                 critic_stats = critic_update(critic, critic_optimizer, b_obs, b_actions, targets)
-                for i, ids in enumerate(zip(partition.obs_ids, partition.act_ids, strict=True)):
+                for i, ids in enumerate(zip(policy.obs_ids, policy.act_ids, strict=True)):
                     stats[i] = actor_update(actors[i], optimizers[i], critic, b_obs, b_actions, *ids)
                 polyak([*target_actors, target_critic], [*actors, critic], args.tau)
 

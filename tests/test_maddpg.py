@@ -308,6 +308,11 @@ def test_a_buffer_that_does_not_fit_is_refused(tmp_path: Path, capsys, monkeypat
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert error == f"error: the replay buffer needs 10 MiB, 1 are free: --buffer-size {2**19 // 100}\n"
     monkeypatch.undo()
+    train(tmp_path / "run", buffer_size=600)
+    args = newest(tmp_path / "run")["args"] | {"resume": str(tmp_path / "run"), "eval_only": True, "eval_episodes": 1}
+    monkeypatch.setattr(maddpg, "available_memory", lambda _: 0)
+    maddpg.main(maddpg.Args(**args))  # an evaluation needs no buffer
+    monkeypatch.undo()
     assert 2**26 < maddpg.available_memory(CPU) < 2**50
 
 
