@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_runs import differences, newest, scalars  # noqa: E402
 
 FLAGS = ["--env-id", "Hopper-3x1", "--num-envs", "4", "--num-steps", "32", "--num-threads", "1"]
-FLAGS += ["--total-timesteps", "25600", "--checkpoint-interval", "1", "--eval-interval", "4000", "--eval-episodes", "2"]
+FLAGS += ["--total-timesteps", "102400", "--checkpoint-interval", "1", "--eval-interval", "20000", "--eval-episodes", "2"]
 MADDPG = ["--learning-starts", "500", "--batch-size", "32", "--buffer-size", "10000"]
 
 
@@ -35,7 +35,7 @@ class Args:
     """which scripts"""
     kills: int = 20
     """how often each is killed"""
-    seconds: float = 3.0
+    seconds: float = 2.0
     """kills come up to so long after training has begun"""
     seed: int = 1
     """of the moments"""
