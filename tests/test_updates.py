@@ -11,10 +11,11 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import happo_mamujoco as happo
 import hatrpo_mamujoco as hatrpo
+import ippo_mamujoco as ippo
 import mappo_mamujoco as mappo
 from envs import Partition
 
-each_clipping = pytest.mark.parametrize("script", [mappo, happo], ids=["mappo", "happo"])
+each_clipping = pytest.mark.parametrize("script", [mappo, happo, ippo], ids=["mappo", "happo", "ippo"])
 each_sequential = pytest.mark.parametrize("script", [happo, hatrpo], ids=["happo", "hatrpo"])
 each_split = pytest.mark.parametrize("num_minibatches", [1, 4])
 
@@ -152,7 +153,8 @@ class Problem:
         if self.script is not hatrpo:
             lists.insert(1, (optimizers or self.optimizers(args))[agents])
         update = getattr(self.script, self.script.__name__.split("_")[0] + "_update")
-        return update(*lists, self.advantages, args, torch.Generator().manual_seed(seed))
+        advantages = [self.advantages] * len(lists[0]) if self.script is ippo else self.advantages
+        return update(*lists, advantages, args, torch.Generator().manual_seed(seed))
 
     def ratio(self, i):
         """What the agent's present policy makes of its actions, over the policy that drew them."""
@@ -398,7 +400,7 @@ def test_shared_parameters_have_one_adam(script, num_minibatches, max_grad_norm,
     params = [p.clone().requires_grad_() for p in problem.old[0]]
     adam = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=False)
     norms, M = [], problem.advantages
-    for agents in ([0, 1],) if script is mappo else ([0], [1]):
+    for agents in ([0], [1]) if script is happo else ([0, 1],):
         for _ in range(args.update_epochs * num_minibatches):
             mb, loss = batches.pop(0), 0.0
             for i in agents:
@@ -564,7 +566,7 @@ def test_zero_advantages_change_nothing(script):
     problem = Problem(script)
     problem.advantages = torch.zeros(BATCH)
     result = problem.update(make_args(script, ent_coef=0.0))
-    stats, M = (result, torch.zeros(BATCH)) if script is mappo else result
+    stats, M = (result, torch.zeros(BATCH)) if script in (mappo, ippo) else result
     assert_equal(problem.actors, problem.old, 0)
     assert torch.equal(M, torch.zeros(BATCH))
     assert all(torch.isfinite(value) for s in stats for value in s.values())
@@ -576,7 +578,7 @@ def test_first_ratio_is_taken_before_anything_changes(script):
     for i in range(3):
         problem.logprobs[i] = problem.logprobs[i] - np.log(1 + i)
     result = problem.update(args)
-    stats = result if script is mappo else result[0]
+    stats = result if script in (mappo, ippo) else result[0]
     assert [s["first_ratio"].item() for s in stats] == pytest.approx([1, 2, 3], rel=1e-9)
 
 
