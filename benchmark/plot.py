@@ -6,10 +6,12 @@
     python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
 
 A run is a directory <env id>__<algorithm>__<seed>; its record is the CSV of that name, and a line in runs.jsonl.
+Figures, tables and comparisons read only these records.
 """
 
 import csv
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,11 @@ import tyro
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COLUMNS = "step", "seconds", "train_return", "eval_return"
-BIN = 10_000  # training returns are averaged over that many steps
+COLUMNS = "step", "seconds", "train_return", "eval_return", "steps_per_second"
+BIN, MAX_ROWS = 10_000, 200  # a row averages so many steps, or a multiple of them in runs that would need more rows
 ALGORITHMS = "hatrpo", "happo", "mappo", "ippo", "maddpg"  # their order in figures and tables
 RESAMPLES = 10_000
+RUN_NAME = re.compile(r"((?:(?!__).)+)__((?:(?!__).)+)__(\d+)")
 
 
 @dataclass
@@ -37,9 +40,14 @@ class Run:
 
     @property
     def final_return(self) -> float:
-        """Mean return of the last evaluation."""
+        """Mean return of the last evaluation, NaN if there was none."""
         evaluations = self.columns["eval_return"]
-        return float(evaluations[np.isfinite(evaluations)][-1])
+        return float(np.append(np.nan, evaluations[np.isfinite(evaluations)])[-1])
+
+    @property
+    def steps(self) -> int:
+        """How far it came."""
+        return int(self.columns["step"][-1])
 
     @property
     def seconds(self) -> float:
@@ -48,9 +56,10 @@ class Run:
 
 
 def read_log(run_dir: Path) -> dict[str, np.ndarray]:
-    """The columns of a run from its TensorBoard log: a row per `BIN` steps, at the bin's end.
+    """The columns of a run from its TensorBoard log: a row per `BIN` steps, at the bin's end; ValueError without a log.
 
-    `seconds` is the time spent in training, from the step count and `charts/SPS`; it goes on where a run was resumed.
+    `seconds` is the time spent in training since its start, from the step count and `charts/SPS`: without evaluations,
+    and it goes on where a run was resumed. `steps_per_second` is the speed within the bin.
     """
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
 
@@ -61,7 +70,8 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
     steps, speeds = points("charts/SPS")
     if not len(steps):
         raise ValueError(f"{run_dir} has no log")
-    ends = np.unique(np.append(np.arange(BIN, steps[-1], BIN), steps[-1]))
+    width = BIN * int(np.ceil(steps[-1] / (BIN * MAX_ROWS)))
+    ends = np.append(np.arange(width, steps[-1], width), steps[-1])
 
     def binned(tag: str) -> np.ndarray:
         at, values = points(tag)
@@ -69,23 +79,32 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
         return np.array([values[bins == b].mean() if (bins == b).any() else np.nan for b in range(len(ends))])
 
     seconds = np.interp(ends, steps, steps / speeds)
-    columns = ends.astype(float), seconds, binned("charts/episodic_return"), binned("eval/episodic_return")
+    speed = np.diff(ends, prepend=0) / np.maximum(np.diff(seconds, prepend=0), 1e-9)
+    columns = ends.astype(float), seconds, binned("charts/episodic_return"), binned("eval/episodic_return"), speed
     return dict(zip(COLUMNS, columns, strict=True))
 
 
 def record(runs: Path, results: Path) -> None:
-    """Write the CSV of each run below a directory, and all their descriptions."""
-    results.mkdir(parents=True, exist_ok=True)
+    """Write the CSV of each run below a directory, and all their descriptions; exits with 1 if there are none."""
     described = []
     for run_dir in sorted(path.parent for path in runs.glob("*/run.jsonl")):
-        columns = read_log(run_dir)
+        try:
+            if not RUN_NAME.fullmatch(run_dir.name):  # such as those that the runner has put aside
+                raise ValueError(f"{run_dir} is not named <env id>__<algorithm>__<seed>")
+            columns = read_log(run_dir)
+        except ValueError as e:
+            print(f"left out: {e}", file=sys.stderr)
+            continue
+        results.mkdir(parents=True, exist_ok=True)
         with open(results / f"{run_dir.name}.csv", "w", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
             writer.writerow(COLUMNS)
             rows = zip(*columns.values(), strict=True)
-            writer.writerows([f"{x:.0f}" if i == 0 else f"{x:.1f}" for i, x in enumerate(row)] for row in rows)
+            writer.writerows([f"{x:.0f}" if i == 0 else f"{x:.6g}" for i, x in enumerate(row)] for row in rows)
         starts = [json.loads(line) for line in (run_dir / "run.jsonl").read_text().splitlines()]
         described.append({"run": run_dir.name, "starts": len(starts)} | starts[-1])
+    if not described:
+        raise SystemExit(f"error: {runs} has no runs with a log")
     (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in described))
     print(f"{len(described)} runs recorded in {results}")
 
@@ -93,14 +112,23 @@ def record(runs: Path, results: Path) -> None:
 def load(results: Path) -> dict[tuple[str, str], list[Run]]:
     """The recorded runs of a directory by environment and algorithm, in the order of the seeds."""
     groups: dict[tuple[str, str], list[Run]] = {}
-    for path in sorted(results.glob("*__*__*.csv")):
-        env_id, algorithm, seed = path.stem.rsplit("__", 2)
+    for path in sorted(results.glob("*.csv")):
+        name = RUN_NAME.fullmatch(path.stem)
+        if not name:
+            continue
+        env_id, algorithm, seed = name.groups()
         table = np.genfromtxt(path, delimiter=",", names=True)
-        run = Run(env_id, algorithm, int(seed), {name: np.atleast_1d(table[name]) for name in COLUMNS})
+        run = Run(env_id, algorithm, int(seed), {name: np.atleast_1d(table[name]) for name in table.dtype.names})
         groups.setdefault((env_id, algorithm), []).append(run)
     if not groups:
         raise SystemExit(f"error: {results} has no recorded runs")
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], rank(item[0][1]))))
+
+
+def final_returns(runs: list[Run]) -> np.ndarray:
+    """The last evaluations of the runs that had one."""
+    scores = np.array([run.final_return for run in runs])
+    return scores[np.isfinite(scores)]
 
 
 def rank(algorithm: str) -> tuple[int, str]:
@@ -118,7 +146,11 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
 
 
 def confidence_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the interquartile mean over runs [n] (Agarwal et al. 2021)."""
+    """95% percentile bootstrap interval of the interquartile mean over runs [n] (Agarwal et al. 2021).
+
+    Their bootstrap is stratified by task; of one task it is this one. With few runs it is too narrow: of normal
+    scores, 95% intervals of 3, 5 and 10 runs contain the true mean in 76%, 90% and 93% of the cases.
+    """
     resampled = np.random.default_rng(seed).choice(scores, (RESAMPLES, len(scores)))
     low, high = np.percentile(interquartile_mean(resampled), [2.5, 97.5])
     return float(low), float(high)
@@ -129,14 +161,17 @@ def table(results: Path) -> None:
     print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (env_id, algorithm), runs in load(results).items():
-        scores = np.array([run.final_return for run in runs])
+        scores = final_returns(runs)
+        if not len(scores):
+            print(f"| {env_id} | {algorithm.upper()} | 0 | not evaluated yet | | | | | |")
+            continue
         low, high = confidence_interval(scores)
-        steps = np.array([run.columns["step"][-1] for run in runs])
+        steps = np.array([run.steps for run in runs])
         seconds = np.array([run.seconds for run in runs])
         columns = [
             env_id,
             algorithm.upper(),
-            str(len(runs)),
+            str(len(scores)),
             f"{scores.mean():.0f}",
             f"{interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})",
             f"{scores.min():.0f}, {scores.max():.0f}",
@@ -148,7 +183,10 @@ def table(results: Path) -> None:
 
 
 def figure(results: Path) -> None:
-    """Draw `figure.png`: training return against steps and hours; line: mean over seeds, band: lowest to highest."""
+    """Draw `figure.png`: training return against steps and hours; line: mean over seeds, band: lowest to highest.
+
+    Colours are algorithms; variants of one (<algorithm>-<variant>) differ in their dashes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,13 +195,18 @@ def figure(results: Path) -> None:
     groups = load(results)
     env_ids = list(dict.fromkeys(env_id for env_id, _ in groups))
     fig, axes = plt.subplots(len(env_ids), 2, figsize=(10, 3.6 * len(env_ids)), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(algorithm for _, algorithm in groups))
     for (env_id, algorithm), runs in groups.items():
         row, color = axes[env_ids.index(env_id)], f"C{rank(algorithm)[0]}"
+        siblings = sorted(name for name in names if rank(name)[0] == rank(algorithm)[0])
+        style = ("-", "--", ":", "-.")[siblings.index(algorithm) % 4]
+        if not all(len(finite(run, "step", "train_return")[0]) for run in runs):
+            continue  # no episode has ended yet
         steps = min((run.columns["step"] for run in runs), key=len)
         returns = np.array([np.interp(steps, *finite(run, "step", "train_return")) for run in runs])
         hours = np.mean([np.interp(steps, run.columns["step"], run.columns["seconds"]) for run in runs], axis=0) / 3600
         for ax, x in zip(row, (steps / 1e6, hours), strict=True):
-            ax.plot(x, returns.mean(axis=0), color=color, label=f"{algorithm.upper()} ({len(runs)})")
+            ax.plot(x, returns.mean(axis=0), style, color=color, label=f"{algorithm.upper()} ({len(runs)})")
             ax.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.15, linewidth=0)
     for env_id, row in zip(env_ids, axes, strict=True):
         row[0].set(title=env_id, xlabel="million environment steps", ylabel="training return")
@@ -171,6 +214,7 @@ def figure(results: Path) -> None:
         row[0].legend(frameon=False)
         for ax in row:
             ax.grid(alpha=0.3)
+    fig.suptitle("Line: mean over seeds (their number in brackets); band: lowest to highest seed", fontsize="small")
     fig.savefig(results / "figure.png", dpi=110)
     print(results / "figure.png")
 
@@ -196,23 +240,33 @@ def difference(reference: np.ndarray, mine: np.ndarray, seed: int = 0) -> tuple[
 
 
 def compare(reference: Path, mine: Path) -> bool:
-    """Print for what both sets have whether the final returns differ by more than the noise; return whether some do."""
-    a, b, different = load(reference), load(mine), False
+    """Print for what both sets have whether the final returns differ by more than the noise; return whether some do.
+
+    Decided by Welch's interval of the means (of three runs the interquartile mean is the same): between twice three
+    equal normal scores it sees a difference in 3% of the cases, the bootstrap's interval in 18%.
+    """
+    a, b, verdicts = load(reference), load(mine), []
     common = [key for key in a if key in b]
     if not common:
         raise SystemExit("error: the two have no environment and algorithm in common")
     for key in common:
-        scores = [np.array([run.final_return for run in runs]) for runs in (a[key], b[key])]
+        scores, name = [final_returns(runs) for runs in (a[key], b[key])], " ".join(key)
+        if len(steps := {run.steps for run in a[key] + b[key]}) > 1:
+            print(f"{name}: not compared: the runs have from {min(steps):,} to {max(steps):,} steps")
+            continue
         if min(map(len, scores)) < 2:
-            print(f"{' '.join(key)}: one run each says nothing about the noise: {scores[0]}, {scores[1]}")
+            print(f"{name}: fewer than two runs say nothing about the noise: {scores[0]}, {scores[1]}")
             continue
         change, low, high, p = difference(*scores)
-        beyond = low > 0 or high < 0
-        different |= beyond
-        words = "DIFFERENT" if beyond else "within the noise"
+        verdicts.append(low > 0 or high < 0)
+        words = "DIFFERENT" if verdicts[-1] else "within the noise"
         n = " against ".join(str(len(s)) for s in reversed(scores))
-        print(f"{' '.join(key)}: {words}: {change:+.0f} ({low:+.0f} to {high:+.0f}), permutation p {p:.2f}, {n} runs")
-    return different
+        # With so many runs, a difference smaller than half the interval's width is not seen.
+        noise = f"noise +-{(high - low) / 2:.0f}"
+        print(f"{name}: {words}: {change:+.0f} ({low:+.0f} to {high:+.0f}, {noise}), permutation p {p:.2f}, {n} runs")
+    if len(verdicts) > 1:
+        print(f"{sum(verdicts)} of {len(verdicts)} differ; by chance alone about {0.05 * len(verdicts):.1f} would")
+    return any(verdicts)
 
 
 def main() -> None:

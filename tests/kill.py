@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_runs import differences, newest, scalars  # noqa: E402
 
 FLAGS = ["--env-id", "Hopper-3x1", "--num-envs", "4", "--num-steps", "32", "--num-threads", "1"]
-FLAGS += ["--total-timesteps", "102400", "--checkpoint-interval", "1", "--eval-interval", "20000", "--eval-episodes", "2"]
+FLAGS += ["--total-timesteps", "102400", "--checkpoint-interval", "1"]
+FLAGS += ["--eval-interval", "20000", "--eval-episodes", "2"]
 MADDPG = ["--learning-starts", "500", "--batch-size", "32", "--buffer-size", "10000"]
 
 

@@ -1,12 +1,15 @@
 """The benchmark's tools: records of runs, statistics, comparisons, and the runner on tiny jobs."""
 
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
 from scipy import stats
@@ -88,6 +91,55 @@ def test_record_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run.final_return == 80 and run.seconds == 50
     described = json.loads((tmp_path / "results" / "runs.jsonl").read_text())
     assert described["run"] == "Ant-4x2__happo__1" and described["starts"] == 2 and described["commit"] == "abc"
+    np.testing.assert_allclose(run.columns["steps_per_second"], 1000)
+
+
+def test_long_runs_have_200_rows(tmp_path: Path):
+    """Ten million steps, logged every 20,000: rows of 50,000 steps; return = step / 1,000."""
+    writer = SummaryWriter(str(tmp_path))
+    for step in range(20_000, 10_000_001, 20_000):
+        writer.add_scalar("charts/SPS", 500.0, step)
+        writer.add_scalar("charts/episodic_return", step / 1000, step)
+    writer.close()
+    columns = plot.read_log(tmp_path)
+    np.testing.assert_array_equal(columns["step"], 50_000 * np.arange(1, 201))
+    np.testing.assert_allclose(columns["train_return"][:2], [(20 + 40) / 2, (60 + 80 + 100) / 3])
+    assert np.isnan(columns["eval_return"]).all() and columns["seconds"][-1] == 20_000
+
+
+def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A directory that the runner has put aside, one without a log; nothing at all leaves earlier records alone."""
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    write_log(runs / "Ant-4x2__happo__1", 2000, 10_000)
+    write_log(runs / "Ant-4x2__happo__1.1234", 2000, 10_000)
+    (runs / "Ant-4x2__happo__2").mkdir()
+    (runs / "Ant-4x2__happo__2" / "run.jsonl").write_text("{}")
+    plot.record(runs, results)
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(runs.name + "/")[1] for line in err] == [
+        "Ant-4x2__happo__1.1234 is not named <env id>__<algorithm>__<seed>",
+        "Ant-4x2__happo__2 has no log",
+    ]
+    assert [path.name for path in results.glob("*.csv")] == ["Ant-4x2__happo__1.csv"]
+    plot.table(results)
+    assert capsys.readouterr().out.splitlines()[2] == "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | | |"
+    before = (results / "runs.jsonl").read_text()
+    with pytest.raises(SystemExit, match="has no runs with a log"):
+        plot.record(tmp_path / "mistyped", results)
+    assert (results / "runs.jsonl").read_text() == before
+
+
+def test_a_kill_in_mid_write(tmp_path: Path):
+    """A log whose last event is torn is read up to there, and goes on where the run was resumed."""
+    write_log(tmp_path, 2000, 20_000)
+    (events,) = tmp_path.glob("events*")
+    os.truncate(events, events.stat().st_size - 20)  # in the evaluation at 20,000
+    assert np.isnan(plot.read_log(tmp_path)["eval_return"]).all()
+    time.sleep(1.1)
+    write_log(tmp_path, 12_000, 20_000, purge_step=10_001)
+    columns = plot.read_log(tmp_path)
+    np.testing.assert_allclose(columns["train_return"], [6, 16])
+    np.testing.assert_allclose(columns["eval_return"], [np.nan, 40])
 
 
 @pytest.fixture
@@ -112,22 +164,27 @@ def test_table_and_figure(recorded: Path, capsys: pytest.CaptureFixture):
 
 
 def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Equal sets are within the noise; a happo that is 100 better is different; a single run says nothing."""
+    """Equal sets are within the noise; a happo that is 100 better is different; one run, or half of one, is not."""
     assert not plot.compare(recorded, recorded)
-    assert "Ant-4x2 happo: within the noise: +0 (" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Ant-4x2 happo: within the noise: +0 (-2 to +2, noise +-2), permutation p 1.00, 3 against 3 runs" in out
+    assert out.endswith("0 of 2 differ; by chance alone about 0.1 would\n")
     other = tmp_path / "other"
     other.mkdir()
     for seed in (1, 2, 3):
         text = (recorded / f"Ant-4x2__mappo__{seed}.csv").read_text()
         (other / f"Ant-4x2__happo__{seed}.csv").write_text(text)
     assert plot.compare(recorded, other)
-    assert (
-        "Ant-4x2 happo: DIFFERENT: +100 (+98 to +102), permutation p 0.10, 3 against 3 runs" in capsys.readouterr().out
-    )
+    assert "Ant-4x2 happo: DIFFERENT: +100 (+98 to +102, noise +-2), permutation p 0.10, 3" in capsys.readouterr().out
     for seed in (2, 3):
         (other / f"Ant-4x2__happo__{seed}.csv").unlink()
     assert not plot.compare(recorded, other)
-    assert "one run each says nothing" in capsys.readouterr().out
+    assert "fewer than two runs say nothing" in capsys.readouterr().out
+    path = other / "Ant-4x2__happo__1.csv"
+    rows = [line.rpartition(",")[0] for line in path.read_text().splitlines()]  # records once had no last column
+    path.write_text("\n".join(rows[:-1]))
+    assert not plot.compare(recorded, other)
+    assert "Ant-4x2 happo: not compared: the runs have from 30,000 to 40,000 steps" in capsys.readouterr().out
 
 
 # The runner
@@ -135,84 +192,106 @@ def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
 TINY = "--num-envs 4 --num-steps 32 --hidden-sizes 8 --eval-episodes 0 --checkpoint-interval 2"
 
 
-def run_jobs(folder: Path, *flags: str, **options: object) -> subprocess.CompletedProcess:
-    """The runner as a user runs it."""
-    command = [
-        sys.executable,
-        str(ROOT / "benchmark" / "run.py"),
-        str(folder / "job.toml"),
-        "--runs",
-        str(folder),
-        *flags,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+cloudpickle.register_pickle_by_value(runner)  # jobs find it in a script, but not beside a test
 
 
-def write_job(folder: Path, total: int, seeds: str = "[1]", more: str = "") -> None:
+@pytest.fixture
+def run_jobs(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The runner on job.toml: its exit code, and the lines that it printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+
+    def run() -> tuple[int, list[str]]:
+        with pytest.raises(SystemExit) as stop:
+            runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, workers=2))
+        return int(stop.value.code), capsys.readouterr().out.splitlines()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def write_job(folder: Path, total: int, env_ids: str = '["Reacher-2x1"]', more: str = "") -> None:
     """A job file for HAPPO on Reacher."""
-    lines = [f'algorithms = ["happo"]\nenv_ids = ["Reacher-2x1"]\nseeds = {seeds}']
+    lines = [f'algorithms = ["happo"]\nenv_ids = {env_ids}\nseeds = [1]']
     lines += [f'flags = "{TINY} --total-timesteps {total}"', more]
     (folder / "job.toml").write_text("\n".join(lines))
 
 
-def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path):
-    """Two jobs; again: both skipped; further: both resumed; a flag that the script refuses: its line, exit code 1."""
-    write_job(tmp_path, 512, "[1, 2]")
-    done = run_jobs(tmp_path, "--workers", "2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 jobs, 0 finished before\n1/2 Reacher-2x1__happo__")
-    runs = [tmp_path / "job" / f"Reacher-2x1__happo__{seed}" for seed in (1, 2)]
-    starts = [json.loads((run / "run.jsonl").read_text()) for run in runs]
-    assert [start["args"]["seed"] for start in starts] == [1, 2]
-    assert all((run / "checkpoint_000000000512.pt").exists() for run in runs)
+def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path, run_jobs):
+    """Two jobs, one of which fails; again without it: skipped; further: resumed; other flags: refused."""
+    write_job(tmp_path, 512, env_ids='["Reacher-2x1", "Reacher-3x1"]')
+    code, lines = run_jobs()
+    run = tmp_path / "job" / "Reacher-2x1__happo__1"
+    assert code == 1 and lines[0] == "2 jobs, 0 finished before" and lines[-1].endswith(" min, 1 failed")
+    (done,) = [line for line in lines if f"{run.name}: step 512 episodic_return -" in line]
+    assert " SPS " in done and " min" in done
+    (failed,) = [line for line in lines if "Reacher-3x1__happo__1: FAILED with 2: error: " in line]
+    assert f"(see {tmp_path}/job/Reacher-3x1__happo__1.log)" in failed
+    assert json.loads((run / "run.jsonl").read_text())["args"]["num_threads"] == 1
 
-    done = run_jobs(tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith("2 jobs, 2 finished before\n0 jobs in")
+    write_job(tmp_path, 512)
+    assert run_jobs() == (0, ["1 jobs, 1 finished before", "0 of 0 jobs in 0.0 min, 0 failed"])
 
-    write_job(tmp_path, 768, "[1, 2]")
-    assert run_jobs(tmp_path).returncode == 0
-    assert all(len((run / "run.jsonl").read_text().splitlines()) == 2 for run in runs)
-    assert all((run / "checkpoint_000000000768.pt").exists() for run in runs)
+    write_job(tmp_path, 768)
+    assert run_jobs()[0] == 0
+    assert (run / "checkpoint_000000000768.pt").exists() and len((run / "run.jsonl").read_text().splitlines()) == 2
 
-    write_job(tmp_path, 768, "[3]", '[[extra]]\nflags = "--gamma 2"')
-    done = run_jobs(tmp_path)
-    assert done.returncode == 1
-    assert "Reacher-2x1__happo__3: FAILED with 2: error: --gamma is 2.0: it must be from 0 to 1" in done.stdout
+    (job,) = runner.read_jobs(tmp_path / "job.toml", tmp_path)
+    assert job.is_finished()
+    write_job(tmp_path, 768, more='[[extra]]\nflags = "--gamma 0.9"')
+    (job,) = runner.read_jobs(tmp_path / "job.toml", tmp_path)
+    assert not job.is_finished()
+    with open(f"{run}.log") as log:  # as a script does that has outlived its runner
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert runner.train(run, job.command) == (1, "another process is at work on it", 0.0)
 
 
-def test_runner_stops_and_goes_on(tmp_path: Path):
-    """SIGTERM to the runner: the job saves and stops; a directory without a checkpoint is put aside, not lost."""
-    write_job(tmp_path, 128 * 400)
-    broken = tmp_path / "job" / "Reacher-2x1__happo__1"
-    broken.mkdir(parents=True)
-    (broken / "something").write_text("kept")
-    command = [sys.executable, str(ROOT / "benchmark" / "run.py"), str(tmp_path / "job.toml"), "--runs", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while not list(broken.glob("checkpoint_*.pt")):
+@pytest.mark.parametrize("how", ["SIGTERM to the runner", "Ctrl-C in the terminal"])
+def test_runner_stops_and_goes_on(tmp_path: Path, how: str, run_jobs):
+    """The jobs save and stop; a directory without a checkpoint is put aside, not lost; then it goes on to the end."""
+    write_job(tmp_path, 128 * 100_000)
+    run = tmp_path / "job" / "Reacher-2x1__happo__1"
+    run.mkdir(parents=True)
+    (run / "something").write_text("kept")
+    command = [sys.executable, ROOT / "benchmark" / "run.py", tmp_path / "job.toml", "--runs", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(run.glob("checkpoint_*.pt")):
         time.sleep(0.05)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    if how == "SIGTERM to the runner":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "stopping: the jobs save what they have" in out
+    assert process.returncode == (143 if how == "SIGTERM to the runner" else 130)
+    stopped_at = int(max(run.glob("checkpoint_*.pt")).stem.split("_")[1])
+    assert out.splitlines()[1:3] == [
+        "stopping: the jobs save what they have; the same command goes on",
+        f"1/1 {run.name}: stopped: stopped at step {stopped_at}; to go on: --resume {run}",
+    ]
     assert [path.read_text() for path in tmp_path.glob("job/*/something")] == ["kept"]
-    assert not (broken / "finished").exists()
-    deadline = time.time() + 30  # the job itself may take a moment longer
-    while "stopped at step" not in broken.with_suffix(".log").read_text():
-        time.sleep(0.1)
-        assert time.time() < deadline
-    assert run_jobs(tmp_path).returncode == 0
-    assert (broken / "checkpoint_000000051200.pt").exists()
-    assert len((broken / "run.jsonl").read_text().splitlines()) == 2
+    if how == "SIGTERM to the runner":
+        write_job(tmp_path, stopped_at + 128)
+        code, lines = run_jobs()
+        assert code == 0 and f"{run.name}: step {stopped_at + 128} " in lines[1]
+        assert len((run / "run.jsonl").read_text().splitlines()) == 2
+
+
+GOOD = 'env_ids = ["Ant-4x2"]\nseeds = [1]\n'
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('algorithms = ["sac"]\nenv_ids = ["Ant-4x2"]\nseeds = [1]', "there is no sac_mamujoco.py"),
-        (
-            'algorithm = ["happo"]\nenv_ids = ["Ant-4x2"]\nseeds = [1]',
-            "unknown algorithm; known are algorithms, env_ids",
-        ),
+        (GOOD + 'algorithms = ["sac"]', "there is no sac_mamujoco.py"),
+        (GOOD + 'algorithm = ["happo"]', "unknown algorithm; known are algorithms, env_ids"),
+        (GOOD + 'algorithms = "happo"', "algorithms is 'happo': it must be a list of str"),
+        (GOOD + 'algorithms = ["happo", "happo"]', "Ant-4x2__happo__1 is there twice"),
+        (GOOD + 'algorithms = ["happo"]\nflags = "--seeed 1"', "Unrecognized options: --seeed"),
+        (GOOD + 'algorithms = ["happo"]\nflags = "--gamma 2"', "--gamma is 2.0: it must be from 0 to 1"),
+        (GOOD + 'algorithms = ["happo"]\n[[extra]]\nenv_ids = ["Ant-2x4"]\nflags = ""', "Ant-2x4, which no job has"),
+        (GOOD + '[[variants]]\nname = "x"', "algorithm is missing"),
+        ('env_ids = ["Ant-4x2"]', "seeds is missing"),
         ("algorithms = [", "Invalid value"),
     ],
 )
@@ -223,16 +302,16 @@ def test_bad_job_files_are_one_line(tmp_path: Path, text: str, message: str, cap
         runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize("name", ["halfcheetah", "walker_ant", "figure3", "figure4"])
-def test_job_files_are_understood(name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_job_files_are_understood(name: str, tmp_path: Path):
     """Every job of the published figures has flags that its script understands, and another directory."""
-    import importlib
-
     jobs = runner.read_jobs(ROOT / "benchmark" / f"{name}.toml", tmp_path)
-    assert len({run_dir for run_dir, _ in jobs}) == len(jobs) > 0
-    for _, (script, *flags) in jobs:
-        module = importlib.import_module(Path(script).stem)
-        args = module.tyro.cli(module.Args, args=flags)
-        assert args.total_timesteps >= 1_000_000 and args.num_threads == 1
+    sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 5, "figure4": 6 * 3 * 5}
+    assert len({job.run_dir for job in jobs}) == len(jobs) == sizes[name]
+    for job in jobs:
+        shared, fixed = (f"__{job.args.exp_name.split('_')[0]}-{v}__" in job.run_dir.name for v in ("shared", "fixed"))
+        assert (getattr(job.args, "share_param", False), getattr(job.args, "fixed_order", False)) == (shared, fixed)
+        assert job.args.total_timesteps >= 1_000_000 and job.args.num_threads == 1
