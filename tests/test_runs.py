@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
 import imageio.v3 as imageio
@@ -243,6 +243,25 @@ def test_evaluation_does_not_disturb_the_training(script: ModuleType, tmp_path: 
     assert differences(newest(tmp_path / "with"), newest(tmp_path / "without")) == []
     assert len(scalars(tmp_path / "with")["eval/episodic_return"]) == 2
     assert "eval/episodic_return" not in scalars(tmp_path / "without")
+
+
+def test_evaluation_counts_the_first_episode_of_each_environment(script: ModuleType):
+    """Environments whose episodes take 2, 3 and 7 steps: the short ones' later episodes do not count."""
+    lengths, t = np.array([2, 3, 7]), [0]
+
+    def step(actions: torch.Tensor) -> tuple:
+        t[0] += 1
+        done = t[0] % lengths == 0
+        number = t[0] // lengths  # of the episode that ends: later ones would be worth more
+        infos = {"_episode": done, "episode": {"r": lengths * number**2 * 1.0, "l": lengths}} if done.any() else {}
+        return torch.zeros(3, 1), None, None, None, None, infos
+
+    env = SimpleNamespace(vec=SimpleNamespace(num_envs=3), reset=lambda seed: torch.zeros(3, 1), step=step)
+    log = script.evaluate(env, SimpleNamespace(mean=lambda obs: obs), 0)
+    assert t[0] == 7
+    assert log["eval/episodic_return"] == log["eval/episodic_length"] == 4
+    assert (log["eval/episodic_return_min"], log["eval/episodic_return_max"]) == (2, 7)
+    assert log["eval/episodic_return_std"] == pytest.approx(np.std(lengths))
 
 
 def readme_block(word: str) -> str:
