@@ -149,6 +149,15 @@ def test_killed_run_resumes_without_a_trace(tmp_path: Path):
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "killed")
 
 
+def test_the_log_is_written_before_the_checkpoint(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A kill right after a checkpoint finds all the points up to it in the log."""
+    order, flush, save = [], script.SummaryWriter.flush, script.save
+    monkeypatch.setattr(script.SummaryWriter, "flush", lambda self: order.append("log") or flush(self))
+    monkeypatch.setattr(script, "save", lambda state, path: order.append(path.name[:5]) or save(state, path))
+    train(script, tmp_path / "run", checkpoint_interval=1)
+    assert [x for x in order if x != "model"][:4] == ["log", "check", "log", "check"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of HAPPO on Reacher-2x1: 4 iterations, checkpoints at 2 and 4, evaluated."""
