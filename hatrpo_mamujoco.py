@@ -719,8 +719,8 @@ def main(args: Args) -> None:
     obs_dim, act_dim = vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
 
     init_generator = Generator().manual_seed(args.seed)  # on the CPU: the same networks on every device
-    kind = args.hidden_sizes, args.share_param
-    actors = [a.to(device) for a in make_actors(partition, *kind, init_generator, args.log_std_init)]
+    actors = make_actors(partition, args.hidden_sizes, args.share_param, init_generator, args.log_std_init)
+    actors = [actor.to(device) for actor in actors]
     adam = partial(Adam, eps=1e-5, fused=True)
 
     # Critic
