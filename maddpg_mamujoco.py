@@ -214,7 +214,7 @@ def mlp(sizes: Sequence[int], output_gain: float, generator: Generator) -> nn.Se
         layer = nn.Linear(fan_in, fan_out)
         nn.init.orthogonal_(layer.weight, output_gain if last else 2**0.5, generator=generator)
         nn.init.zeros_(layer.bias)
-        layers += [layer] if last else [layer, nn.ReLU()]
+        layers += [layer] if last else [layer, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 

@@ -91,7 +91,7 @@ class Args:
     """steps in each environment per iteration; the batch is num_envs * num_steps"""
     learning_rate: float = 5e-4
     """learning rate of the actors"""
-    critic_learning_rate: float = 5e-4
+    critic_learning_rate: float = 1e-3
     """learning rate of the critic"""
     anneal_lr: bool = False
     """whether learning rates fall linearly to 0 over the run"""
@@ -101,7 +101,7 @@ class Args:
     """lambda of the generalised advantage estimation"""
     update_epochs: int = 5
     """passes of each actor over the batch per iteration"""
-    critic_epochs: int = 5
+    critic_epochs: int = 10
     """passes of the critic over the batch per iteration"""
     num_minibatches: int = 2
     """minibatches per pass; must divide the batch"""
@@ -113,7 +113,7 @@ class Args:
     """largest norm of a network's gradient; longer ones are scaled down"""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """sizes of the hidden layers of actors and critic"""
-    log_std_init: float = -0.5
+    log_std_init: float = -1.0
     """log of the first standard deviation of the actions, which go from -1 to 1"""
     share_param: bool = False
     """ablation: one network for all agents, which is told the agent's id"""
@@ -222,7 +222,7 @@ def mlp(sizes: Sequence[int], output_gain: float, generator: Generator) -> nn.Se
         layer = nn.Linear(fan_in, fan_out)
         nn.init.orthogonal_(layer.weight, output_gain if last else 2**0.5, generator=generator)
         nn.init.zeros_(layer.bias)
-        layers += [layer] if last else [layer, nn.ReLU()]
+        layers += [layer] if last else [layer, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -233,7 +233,7 @@ class Actor(nn.Module):
     """
 
     def __init__(
-        self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int], generator: Generator, log_std_init: float = -0.5
+        self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int], generator: Generator, log_std_init: float = -1.0
     ) -> None:
         """Build the network from `obs_dim` inputs to the means of `act_dim` actions."""
         super().__init__()
@@ -264,7 +264,7 @@ def make_actors(
     hidden_sizes: Sequence[int],
     share_param: bool,
     generator: Generator,
-    log_std_init: float = -0.5,
+    log_std_init: float = -1.0,
 ) -> list[Actor]:
     """One actor per agent; with `share_param` they are views of one network (see `agent_obs` for its input)."""
     obs_dims, act_dims = [len(ids) for ids in partition.obs_ids], [len(ids) for ids in partition.act_ids]
@@ -691,6 +691,9 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, finish_iteration)
     total = num_iterations * batch_size
     bar = tqdm(total=total, initial=start_step, unit="step", disable=args.eval_only or not sys.stderr.isatty())
+    # PyTorch's threads are for the updates: while they wait for more they spin, on the cores that the physics needs.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     for iteration in range(start_iteration + 1, num_iterations + 1):
         global_step = iteration * batch_size
@@ -709,6 +712,7 @@ def main(args: Args) -> None:
                 episodes += zip(episode["r"][done].tolist(), episode["l"][done].tolist(), strict=True)
 
         # Advantages
+        torch.set_num_threads(num_threads)
         with torch.no_grad():
             values, next_values = critic(obs_buf).squeeze(-1), critic(next_obs_buf).squeeze(-1)
         ends = terminations, truncations
@@ -733,6 +737,7 @@ def main(args: Args) -> None:
         value_loss = critic_update(critic, critic_optimizer, b_obs, b_returns, args, generator)
 
         # Evaluation
+        torch.set_num_threads(1)
         last = iteration == num_iterations
         interval = args.eval_interval or args.total_timesteps
         if args.eval_episodes and (last or global_step % interval < batch_size):

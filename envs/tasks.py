@@ -6,6 +6,7 @@ cannot drift from it; the order of the arithmetic is Gymnasium's too, so that re
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import mujoco
@@ -126,8 +127,8 @@ class MujocoVectorEnv(VectorEnv):
         self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
         for i in ids:
             self.env.np_random = self._rngs[i]
+            self.env.set_state = partial(self._put_state, i)  # Gymnasium's also computes what follows from the state
             self.env.reset_model()
-            self.qpos[i], self.qvel[i] = self.env.data.qpos, self.env.data.qvel
         self.batch.forward(ids)
         self.cfrc_ext[ids] = 0
         self._elapsed_steps[ids] = 0
@@ -135,6 +136,9 @@ class MujocoVectorEnv(VectorEnv):
         if self._last_position is None:
             self._last_position = position
         self._last_position[ids] = position[ids]
+
+    def _put_state(self, i: int, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        self.qpos[i], self.qvel[i] = qpos, qvel
 
     def get_state(self) -> dict[str, Any]:
         """Everything the simulations remember between two steps, as plain Python data (see `envs.get_state`)."""
