@@ -476,21 +476,19 @@ def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: T
     """
     params = list(actor.parameters())
     old_params = parameters_to_vector(params).detach()
-    with torch.no_grad():
-        old_dist = actor(obs)
 
-    def objective_and_kl() -> tuple[Tensor, Tensor]:
-        dist = actor(obs)
+    def objective(dist: tuple[Tensor, Tensor]) -> Tensor:
         ratio = torch.exp(actor.log_prob(dist, actions) - logprobs)
-        return (ratio * M).mean() + args.ent_coef * actor.entropy(dist).mean(), gaussian_kl(old_dist, dist).mean()
+        return (ratio * M).mean() + args.ent_coef * actor.entropy(dist).mean()
 
     @torch.no_grad()
     def evaluate(new_params: Tensor) -> tuple[Tensor, Tensor]:
         vector_to_parameters(new_params, params)
-        objective, kl = objective_and_kl()
-        return objective - old_objective, kl
+        dist = actor(obs)
+        return objective(dist) - old_objective, gaussian_kl(old_dist, dist).mean()
 
-    old_objective, _ = objective_and_kl()
+    dist = actor(obs)
+    old_dist, old_objective = tuple(d.detach() for d in dist), objective(dist)
     gradient = parameters_to_vector(torch.autograd.grad(old_objective, params))
     H = fisher_vector_product(actor, obs[:: args.fisher_stride])
     x = conjugate_gradient(lambda v: H(v) + args.cg_damping * v, gradient, args.cg_iters)
@@ -500,9 +498,7 @@ def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: T
     search = args.target_kl, args.backtrack_coeff, args.backtrack_iters, args.accept_ratio
     new_params, stats = line_search(evaluate, old_params, step, expected_gain, *search)
     vector_to_parameters(new_params, params)
-    with torch.no_grad():
-        entropy = actor.entropy(actor(obs)).mean()
-    losses = {"policy_loss": -old_objective.detach(), "entropy": entropy}
+    losses = {"policy_loss": -old_objective.detach(), "entropy": actor.entropy(old_dist).mean()}
     return stats | losses | {"expected_gain": expected_gain, "grad_norm": gradient.norm()}
 
 

@@ -1,12 +1,15 @@
-"""How fast it is, and what the limit is: physics, rollout, update, whole scripts, and growth with the problem's size.
+"""How fast it is, and what the limit is: physics, rollout, update, scripts, phases, time to a return, growth with size.
 
-    python benchmark/throughput.py --parts env rollout update script growth --csv benchmark/results/throughput.csv
+    python benchmark/throughput.py --csv benchmark/results/throughput.csv              # everything, half an hour
+    python benchmark/throughput.py --parts script phases --repeats 3                   # some of it
 
 Each number is the median of repeated runs; parts that are compared with each other take turns in one process, so that
 what else happens on the machine hits them alike. Run it on an idle machine.
 """
 
+import contextlib
 import csv
+import io
 import re
 import statistics
 import subprocess
@@ -18,7 +21,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
+from unittest import mock
 
 import gymnasium as gym
 import mujoco
@@ -30,6 +35,7 @@ from mujoco.batch import Batch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs  # noqa: E402
+from envs.tasks import MujocoVectorEnv  # noqa: E402
 
 # HARL's tuned values for HalfCheetah: 20 x 200 steps, 3 x 128, 15 epochs on the whole batch (see peers in the docs).
 HARL = {"num_envs": 20, "num_steps": 200, "hidden_sizes": (128, 128, 128), "critic_epochs": 15, "num_minibatches": 1}
@@ -41,16 +47,16 @@ SCRIPTS = ("mappo", "happo", "hatrpo")
 class Args:
     """Command line."""
 
-    parts: list[Literal["env", "rollout", "update", "script", "growth"]] = field(
-        default_factory=lambda: ["env", "rollout", "update", "script", "growth"]
+    parts: list[Literal["env", "rollout", "update", "script", "phases", "return", "growth"]] = field(
+        default_factory=lambda: ["env", "rollout", "update", "script", "phases", "return", "growth"]
     )
     """what to measure"""
     repeats: int = 5
     """measurements per number; the median counts"""
     num_threads: int = 0
     """threads of PyTorch and of the physics each; 0: one per core"""
-    csv: str | None = None
-    """where to write the rows"""
+    csv: Path | None = None
+    """where to write the rows, and beside them growth.png; rows of parts that are not measured stay"""
 
 
 def take_turns(jobs: dict[str, Callable[[], object]], repeats: int, seconds: float = 0.5) -> dict[str, float]:
@@ -115,6 +121,24 @@ def mamujoco_stepper(robot: str, partition: str) -> Callable[[], None]:
     return run
 
 
+def physics_share(env_id: str, num_envs: int, num_threads: int) -> float:
+    """Share of an environment's time that is spent within `mujoco.batch`: the same states, unlike bare stepping."""
+    vec = envs.make_vec(env_id, num_envs, num_threads=num_threads)
+    step, batch, inside = vec_stepper(vec), vec.unwrapped.batch, 0.0
+
+    def timed_step(**kwargs: int) -> None:
+        nonlocal inside
+        start = time.perf_counter()
+        Batch.step(batch, **kwargs)
+        inside += time.perf_counter() - start
+
+    batch.step = timed_step
+    start = time.perf_counter()
+    for _ in range(6400 // num_envs):
+        step()
+    return inside / (time.perf_counter() - start)
+
+
 def row(part: str, what: str, value: float, unit: str) -> dict:
     """One line of the table."""
     return {"part": part, "what": what, "value": f"{value:.4g}", "unit": unit}
@@ -135,6 +159,8 @@ def measure_env(args: Args) -> list[dict]:
             for name, seconds in take_turns(jobs, args.repeats).items():
                 steps = (1 if name == "mamujoco_v1" else num_envs) / seconds
                 rows.append(row("env", f"{env_id} x {num_envs}: {name}", steps, "steps/s"))
+            share = statistics.median(physics_share(env_id, num_envs, args.num_threads) for _ in range(args.repeats))
+            rows.append(row("env", f"{env_id} x {num_envs}: mujoco.batch's share of make_vec", 100 * share, "%"))
     return rows
 
 
@@ -187,9 +213,10 @@ def make_update(name: str, agents: int, rows: int, **hyperparameters: object) ->
 
     sizes = (17, *args.hidden_sizes, 1)
     forward = 2 * rows * sum(a * b for a, b in pairwise(sizes))
-    # A pass is a forward and a backward of twice its cost. A Fisher product goes backwards through both: six forwards.
+    # A pass is a forward, and a backward of twice its cost. A Fisher product, Jv and then J^T u, costs four forwards.
+    # HATRPO: gradient, graphs of the Fisher product, products, one try of the line search, old log-probabilities, M.
     if name == "hatrpo":
-        per_agent = 3 + 3 + 2 + 6 * (args.cg_iters + 1) / args.fisher_stride
+        per_agent = 3 + (3 + 4 * (args.cg_iters + 1)) / args.fisher_stride + 1 + 1 + 1
     else:
         per_agent = 3 * args.update_epochs + (name == "happo")
     return run, forward * (agents * per_agent + 3 * args.critic_epochs)
@@ -209,8 +236,16 @@ def measure_update(args: Args) -> list[dict]:
     return [*rows, row("update", "rate of a large matrix product", 2 * size**3 / times["product"] / 1e9, "GFLOP/s")]
 
 
-def run_script(name: str, flags: dict[str, object]) -> tuple[float, float]:
-    """Run a script in a process of its own; return its last steps per second and its memory in MB."""
+@dataclass
+class Outcome:
+    """What a script printed: (step, mean return of the latest 20 episodes, steps per second) at times; its memory."""
+
+    points: list[tuple[int, float, float]]
+    megabytes: float
+
+
+def run_script(name: str, flags: dict[str, object]) -> Outcome:
+    """Run a script in a process of its own."""
     program = (
         "import sys, resource, tyro, {0}_mamujoco as script; script.main(tyro.cli(script.Args));"
         "print('MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
@@ -221,7 +256,8 @@ def run_script(name: str, flags: dict[str, object]) -> tuple[float, float]:
             words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         command = [sys.executable, "-c", program.format(name), *words]
         out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    return float(re.findall(r"SPS (\d+)", out)[-1]), float(re.findall(r"MB (.*)", out)[-1])
+    points = re.findall(r"step (\d+) episodic_return (\S+) SPS (\d+)", out)
+    return Outcome([(int(a), float(b), float(c)) for a, b, c in points], float(re.findall(r"MB (.*)", out)[-1]))
 
 
 def measure_script(args: Args) -> list[dict]:
@@ -232,47 +268,152 @@ def measure_script(args: Args) -> list[dict]:
             for name in SCRIPTS:
                 known = import_module(f"{name}_mamujoco").Args.__dataclass_fields__
                 chosen = {key: value for key, value in flags.items() if key in known}
-                steps_per_second, _ = run_script(
-                    name, {"total_timesteps": 40_000, "num_threads": args.num_threads, **chosen}
-                )
+                chosen |= {"total_timesteps": 80_000, "num_threads": args.num_threads, "eval_episodes": 0}
+                _, _, steps_per_second = run_script(name, chosen).points[-1]
                 runs.setdefault((name, setting), []).append(steps_per_second)
     return [
         row("script", f"{name}, {setting}", statistics.median(sps), "steps/s") for (name, setting), sps in runs.items()
     ]
 
 
+def measure_phases(args: Args) -> list[dict]:
+    """Where the time of a script goes, per environment step at the defaults, without setup: a profile by phase."""
+    rows = []
+    for name in SCRIPTS:
+        script = import_module(f"{name}_mamujoco")
+        phases = {
+            "physics and task": [(MujocoVectorEnv, "step")],
+            "normalisation": [(script.NormalizedEnv, "step")],
+            "inference": [(script.JointPolicy, "__init__"), (script.JointPolicy, "act")],
+            "GAE": [(script, "compute_gae")],
+            "actors": [(script, f"{name}_update")],
+            "critic": [(script, "critic_update")],
+            "logging, progress bar": [(script.SummaryWriter, "add_scalar"), (script.tqdm, "update")],
+            "checkpoint": [(script, "save")],
+            "setup": [(script.envs, "make_vec"), (script, "describe_run"), (script.SummaryWriter, "__init__")],
+            "storage and the rest": [(script, "main")],
+        }
+        runs = [profile(script, phases, args.num_threads) for _ in range(1 + args.repeats)][1:]  # the first warms up
+        for phase in phases.keys() - {"setup"}:
+            rows.append(row("phases", f"{name}: {phase}", statistics.median(run[phase] for run in runs), "us/step"))
+    return sorted(rows, key=lambda line: (SCRIPTS.index(line["what"].split(":")[0]), -float(line["value"])))
+
+
+def profile(script: ModuleType, phases: dict[str, list[tuple[Any, str]]], num_threads: int) -> dict[str, float]:
+    """Run a script in this process; return microseconds per environment step in each phase, less what it calls."""
+    seconds, inner, num_steps = dict.fromkeys(phases, 0.0), [0.0], 40_000
+
+    def timed(function: Callable, phase: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            inner.append(0.0)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            duration = time.perf_counter() - start
+            seconds[phase] += duration - inner.pop()
+            inner[-1] += duration
+            return result
+
+        return call
+
+    with tempfile.TemporaryDirectory() as tmp, contextlib.ExitStack() as stack:
+        for phase, places in phases.items():
+            for owner, name in places:
+                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), phase)))
+        flags = {"total_timesteps": num_steps, "num_threads": num_threads, "eval_episodes": 0, "run_dir": f"{tmp}/run"}
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main(script.Args(**flags))
+    return {phase: 1e6 * value / num_steps for phase, value in seconds.items()}
+
+
+def measure_return(args: Args) -> list[dict]:
+    """Seconds of training until HalfCheetah-6x1 returns 3,000 with the defaults: mean of the latest 20 episodes."""
+    rows = []
+    for name in SCRIPTS:
+        times = []
+        for seed in (1, 2, 3):
+            flags = {"total_timesteps": 500_000, "seed": seed, "num_threads": args.num_threads, "eval_episodes": 0}
+            reached = [(step, sps) for step, value, sps in run_script(name, flags).points if value >= 3000]
+            step, steps_per_second = reached[0] if reached else (np.inf, 1)
+            times.append(step / steps_per_second)
+            rows.append(row("return", f"{name}, seed {seed}: steps to a return of 3,000", step, "steps"))
+            rows.append(row("return", f"{name}, seed {seed}: time to a return of 3,000", times[-1], "s"))
+        rows.append(row("return", f"{name}: median time to a return of 3,000", statistics.median(times), "s"))
+    return rows
+
+
 def measure_growth(args: Args) -> list[dict]:
     """Steps per second and memory as agents, environments and the batch grow (HAPPO, else its defaults)."""
-    cases = [(f"HalfCheetah-{p}", 20, 100) for p in ("1x6", "2x3", "3x2", "6x1")] + [("Humanoid-17x1", 20, 100)]
-    cases += [("HalfCheetah-6x1", num_envs, 4096 // num_envs) for num_envs in (4, 16, 64, 256)]
-    cases += [("HalfCheetah-6x1", 32, batch // 32) for batch in (1024, 4096, 16384, 65536)]
+    cases = [("agents", f"HalfCheetah-{p}", 20, 100) for p in ("1x6", "2x3", "3x2", "6x1")]
+    cases += [("agents", "Humanoid-17x1", 20, 100)]
+    cases += [("environments", "HalfCheetah-6x1", num_envs, 4096 // num_envs) for num_envs in (4, 16, 64, 256)]
+    cases += [("batch", "HalfCheetah-6x1", 32, batch // 32) for batch in (1024, 4096, 16384, 65536)]
     rows = []
-    for env_id, num_envs, num_steps in cases:
+    for what, env_id, num_envs, num_steps in cases:
         flags = {"env_id": env_id, "num_envs": num_envs, "num_steps": num_steps, "num_threads": args.num_threads}
-        steps_per_second, memory = run_script("happo", flags | {"total_timesteps": 4 * num_envs * num_steps})
-        what = f"{env_id}, {num_envs} envs x {num_steps}"
-        rows += [row("growth", what, steps_per_second, "steps/s"), row("growth", what, memory, "MB")]
+        batch = num_envs * num_steps
+        flags |= {"total_timesteps": batch * max(3, 40_000 // batch), "eval_episodes": 0}
+        runs = [run_script("happo", flags) for _ in range(args.repeats)]
+        name = f"{what}: {env_id}, {num_envs} envs x {num_steps}"
+        speed = statistics.median(run.points[-1][2] for run in runs)
+        memory = statistics.median(run.megabytes for run in runs)
+        rows += [row("growth", name, speed, "steps/s"), row("growth", name, memory, "MB")]
     return rows
+
+
+def draw_growth(rows: list[dict], path: Path) -> None:
+    """Draw the rows of the part `growth`: steps per second, and memory, against agents, environments and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for ax, what in zip(axes, ("agents", "environments", "batch"), strict=True):
+        points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for line in rows:
+            name = re.fullmatch(rf"{what}: (\w+)-(\d+)x\d+, (\d+) envs x (\d+)", line["what"])
+            if name:
+                robot, agents, num_envs, num_steps = name[1], *map(int, name.groups()[1:])
+                x = {"agents": agents, "environments": num_envs, "batch": num_envs * num_steps}[what]
+                points.setdefault((robot, line["unit"]), []).append((x, float(line["value"])))
+        memory = ax.twinx()
+        for (robot, unit), values in points.items():
+            where, color = (memory, "C1") if unit == "MB" else (ax, "C0")
+            where.plot(*zip(*values, strict=True), "o-" if robot == "HalfCheetah" else "s", color=color)
+        ax.set(xlabel=what + (" (square: Humanoid-17x1)" if what == "agents" else ""), xscale="log", ylim=0)
+        ax.set_ylabel("steps/s", color="C0")
+        memory.set_ylabel("memory of the process, MB", color="C1")
+        memory.set_ylim(0)
+        ax.set_xticks(sorted({x for values in points.values() for x, _ in values}))
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.xaxis.set_minor_formatter("")
+    fig.suptitle("HAPPO on HalfCheetah-6x1, defaults but for what varies", fontsize="small")
+    fig.savefig(path, dpi=110)
 
 
 def main(args: Args) -> None:
     """Measure, print and write."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    measures = {"env": measure_env, "rollout": measure_rollout, "update": measure_update}
-    measures |= {"script": measure_script, "growth": measure_growth}
-    rows = []
+    measures = {"env": measure_env, "rollout": measure_rollout, "update": measure_update, "script": measure_script}
+    measures |= {"phases": measure_phases, "return": measure_return, "growth": measure_growth}
+    rows: list[dict] = []
+    if args.csv and args.csv.exists():
+        with open(args.csv, newline="") as file:
+            rows = [line for line in csv.DictReader(file) if line["part"] not in args.parts]
     for part in args.parts:
         for line in measures[part](args):
-            print(f"{line['part']:8} {line['what']:48} {line['value']:>10} {line['unit']}", flush=True)
+            print(f"{line['part']:8} {line['what']:56} {line['value']:>10} {line['unit']}", flush=True)
             rows.append(line)
-    if args.csv:
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        if args.csv:  # after every part: an interrupted run keeps what it has
+            args.csv.parent.mkdir(parents=True, exist_ok=True)
+            rows.sort(key=lambda line: list(measures).index(line["part"]))
+            with open(args.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            draw_growth(rows, args.csv.with_name("growth.png"))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

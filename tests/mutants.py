@@ -57,7 +57,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("gain of a full step expected from a short one", SCRIPTS[2:], "accept_ratio * scale * expected_gain", "accept_ratio * expected_gain"),
     ("one backtrack too few", SCRIPTS[2:], "range(backtrack_iters + 1)", "range(backtrack_iters)"),
     ("rejected step's KL and gain reported", SCRIPTS[2:], "new_params, gain, kl = params, torch.zeros_like(gain), torch.zeros_like(kl)", "new_params = params"),
-    ("rejected step kept", SCRIPTS[2:], "    vector_to_parameters(new_params, params)\n    with", "    with"),
+    ("rejected step kept", SCRIPTS[2:], "    vector_to_parameters(new_params, params)\n    losses", "    losses"),
     ("steepest descent for conjugate gradient", SCRIPTS[2:], "direction = residual + rr / old_rr * direction", "direction = residual"),
     ("conjugate gradient never stops", SCRIPTS[2:], "        if rr < tolerance:\n            break\n", ""),
     ("Fisher matrix on the wrong rows' scale", SCRIPTS[2:], "for d in dist), new).mean(), new, create", "for d in dist), new).sum(), new, create"),
