@@ -361,26 +361,23 @@ def critic_update(critic: Critic, optimizer: Adam, obs: Tensor, actions: Tensor,
 
 
 def actor_update(
-    actor: Actor,
-    optimizer: Adam,
-    critic: Critic,
-    obs: Tensor,
-    actions: Tensor,
-    obs_ids: Tensor,
-    act_ids: Tensor,
-) -> dict[str, Tensor]:
-    """Take one step of one actor up Q(s, a^1.., mu^i(o^i), ..a^n) (Lowe et al., eq. 5); return what is logged.
+    policy: JointPolicy, optimizer: Adam, critic: Critic, obs: Tensor, actions: Tensor
+) -> list[dict[str, Tensor]]:
+    """Take one step of every actor up Q(s, a^1.., mu^i(o^i), ..a^n) (Lowe et al., eq. 5); return what is logged.
 
-    The other agents' actions are those of the buffer [B, act_dim]. The critic only passes the gradient on.
+    The other agents' actions are those of the buffer [B, act_dim]. So no two terms have an actor in common, and the
+    gradient of their sum is each actor's own. The critic only passes it on.
     """
-    own = actions.clone()
-    own[:, act_ids] = actor(obs[:, obs_ids])
-    loss = -critic(obs, own).mean()
-    params = list(actor.parameters())
-    for param, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
+    joint_actions = []
+    for actor, obs_ids, act_ids in zip(policy.actors, policy.obs_ids, policy.act_ids, strict=True):
+        joint_actions.append(actions.clone())
+        joint_actions[-1][:, act_ids] = actor(obs[:, obs_ids])
+    losses = -critic(obs.expand(len(joint_actions), -1, -1), torch.stack(joint_actions)).mean(1)  # one per agent
+    params = [param for actor in policy.actors for param in actor.parameters()]
+    for param, gradient in zip(params, torch.autograd.grad(losses.sum(), params), strict=True):
         param.grad = gradient
     optimizer.step()
-    return {"policy_loss": loss.detach()}
+    return [{"policy_loss": loss} for loss in losses.detach()]
 
 
 @torch.no_grad()
@@ -566,12 +563,13 @@ def main(args: Args) -> None:
     critic = Critic(obs_dim, act_dim, args.hidden_sizes, init_generator).to(device)
     target_actors, target_critic = copy.deepcopy(actors), copy.deepcopy(critic)
     policy, target_policy = JointPolicy(actors, partition), JointPolicy(target_actors, partition)
-    optimizers = [Adam(actor.parameters(), lr=args.learning_rate, fused=True) for actor in actors]
+    actor_params = [param for actor in actors for param in actor.parameters()]
+    actor_optimizer = Adam(actor_params, lr=args.learning_rate, fused=True)
     critic_optimizer = Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     networks = {f"agent_{i}": actor for i, actor in enumerate(actors)} | {"critic": critic}
     saved = networks | {f"target_agent_{i}": actor for i, actor in enumerate(target_actors)}
-    saved |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    saved |= {"target_critic": target_critic, "critic_optimizer": critic_optimizer, "env": env, "obs_rms": obs_rms}
+    saved |= {"target_critic": target_critic, "env": env, "obs_rms": obs_rms}
+    saved |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
 
     # Storage
     if not args.eval_only:
@@ -666,8 +664,7 @@ def main(args: Args) -> None:
                 b_obs, b_next_obs = normalize_obs(b_obs), normalize_obs(b_next_obs)
                 targets = critic_targets(target_policy, target_critic, b_returns, b_next_obs, b_discounts)
                 critic_stats = critic_update(critic, critic_optimizer, b_obs, b_actions, targets)
-                for i, ids in enumerate(zip(policy.obs_ids, policy.act_ids, strict=True)):
-                    stats[i] = actor_update(actors[i], optimizers[i], critic, b_obs, b_actions, *ids)
+                stats = actor_update(policy, actor_optimizer, critic, b_obs, b_actions)
                 polyak([*target_actors, target_critic], [*actors, critic], args.tau)
 
         # Evaluation

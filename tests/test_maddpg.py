@@ -128,32 +128,30 @@ def params_of(*networks: torch.nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for network in networks for p in network.parameters()]
 
 
-@pytest.mark.parametrize("agent", [0, 1])
-def test_an_actor_update_is_the_policy_gradient_of_that_actor(agent: int, problem: dict):
-    """dQ/da^i dmu^i/dtheta with the others' actions from the buffer; nobody else's parameters or gradients change."""
-    actors, critic, other = problem["actors"], problem["critic"], problem["actors"][1 - agent]
+def test_an_actor_update_is_the_policy_gradient_of_each_actor(problem: dict):
+    """dQ/da^i dmu^i/dtheta with the others' actions from the buffer, for each i; the critic stays as it is."""
+    actors, critic, partition = problem["actors"], problem["critic"], problem["partition"]
     obs, actions = problem["obs"], problem["actions"]
-    obs_ids, act_ids = problem["partition"].obs_ids[agent], problem["partition"].act_ids[agent]
-    before, rest = params_of(actors[agent]), params_of(critic, other)
-    optimizer = torch.optim.SGD(actors[agent].parameters(), lr=0.1)
-    logged = maddpg.actor_update(actors[agent], optimizer, critic, obs, actions, obs_ids, act_ids)
+    replicas, critic_before, actions_before = copy.deepcopy(actors), params_of(critic), actions.clone()
+    optimizer = torch.optim.SGD([p for actor in actors for p in actor.parameters()], lr=0.1)
+    logged = maddpg.actor_update(maddpg.JointPolicy(actors, partition), optimizer, critic, obs, actions)
 
     # The chain rule by hand: first dQ/da at the joint action, then that times the actor's Jacobian.
-    replica = copy.deepcopy(actors[agent])
-    for p, old in zip(replica.parameters(), before, strict=True):
-        p.data = old.clone()
-    joint = actions.clone()
-    joint[:, act_ids] = replica(obs[:, obs_ids]).detach()
-    joint.requires_grad_()
-    q = critic(obs, joint)
-    dq_da = torch.autograd.grad(q.mean(), joint)[0][:, act_ids]
-    gradients = torch.autograd.grad(replica(obs[:, obs_ids]), list(replica.parameters()), grad_outputs=dq_da)
-    expected = [p + 0.1 * g for p, g in zip(before, gradients, strict=True)]
-    torch.testing.assert_close(params_of(actors[agent]), expected)
-    assert any((a - b).abs().max() > 1e-6 for a, b in zip(expected, before, strict=True))
-    assert all(map(torch.equal, params_of(critic, other), rest))
-    assert all(p.grad is None for network in (critic, other) for p in network.parameters())
-    assert logged["policy_loss"].item() == pytest.approx(-q.mean().item(), rel=1e-5)
+    for i, (obs_ids, act_ids) in enumerate(zip(partition.obs_ids, partition.act_ids, strict=True)):
+        joint = actions.clone()
+        joint[:, act_ids] = replicas[i](obs[:, obs_ids]).detach()
+        joint.requires_grad_()
+        q = critic(obs, joint)
+        dq_da = torch.autograd.grad(q.mean(), joint)[0][:, act_ids]
+        params = list(replicas[i].parameters())
+        gradients = torch.autograd.grad(replicas[i](obs[:, obs_ids]), params, grad_outputs=dq_da)
+        expected = [p + 0.1 * g for p, g in zip(params, gradients, strict=True)]
+        torch.testing.assert_close(params_of(actors[i]), expected)
+        assert any((a - b).abs().max() > 1e-6 for a, b in zip(expected, params, strict=True))
+        assert logged[i]["policy_loss"].item() == pytest.approx(-q.mean().item(), rel=1e-5)
+    assert all(map(torch.equal, params_of(critic), critic_before))
+    assert all(p.grad is None for p in critic.parameters())
+    assert torch.equal(actions, actions_before)
 
 
 def test_a_critic_update_is_a_gradient_step_on_the_squared_error(problem: dict):
@@ -320,11 +318,11 @@ def test_not_finite_names_agent_and_step(tmp_path: Path, capsys, monkeypatch: py
     """NaN in one actor stops the run; the last checkpoint stays."""
     update, calls = maddpg.actor_update, []
 
-    def poisoned(actor: maddpg.Actor, *args: object) -> dict:
+    def poisoned(policy: maddpg.JointPolicy, *args: object) -> list[dict]:
         calls.append(1)
-        logged = update(actor, *args)
-        if len(calls) == 20:
-            actor.net[0].bias.data[0] = torch.nan
+        logged = update(policy, *args)
+        if len(calls) == 10:
+            policy.actors[1].net[0].bias.data[0] = torch.nan
         return logged
 
     monkeypatch.setattr(maddpg, "actor_update", poisoned)
