@@ -2,10 +2,12 @@
 
     python benchmark/run.py benchmark/halfcheetah.toml                          # here, a job per core
     python benchmark/run.py benchmark/halfcheetah.toml --slurm cpu --workers 64 # on a cluster, in the partition "cpu"
+    python benchmark/run.py benchmark/halfcheetah.toml --algorithms happo --compare benchmark/results/halfcheetah
 
 Runs go to runs/<job file>/<env id>__<algorithm>__<seed>. The same command again skips what is finished, resumes what
 has a checkpoint, and starts the rest; so it is also how to go on after Ctrl-C, at which the jobs save and stop. Exits
-with 1 if a job failed, with 2 if the job file is wrong, with 130 or 143 after Ctrl-C or SIGTERM.
+with 1 if a job failed or the comparison found a difference, with 2 if the job file is wrong, with 130 or 143 after
+Ctrl-C or SIGTERM.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import plot
 import submitit
 import tyro
 
@@ -43,6 +46,12 @@ class Args:
 
     job_file: Annotated[Path, tyro.conf.Positional]
     """TOML file: algorithms, env_ids, seeds, flags of all, [[extra]] flags of some, [[variants]] of algorithms"""
+    algorithms: tuple[str, ...] = ()
+    """run only these of the file's algorithms and variants"""
+    env_ids: tuple[str, ...] = ()
+    """run only these of the file's environments"""
+    compare: Path | None = None
+    """recorded results to compare with at the end; those of the runs are then recorded in <runs>/<job file>/results"""
     workers: int = os.cpu_count() or 1
     """jobs at a time; each has one thread"""
     slurm: str | None = None
@@ -153,6 +162,16 @@ def read_jobs(job_file: Path, runs: Path) -> list[Job]:
         usage_error(f"{job_file}: {getattr(e, 'strerror', None) or e}")
 
 
+def select(jobs: list[Job], args: Args) -> list[Job]:
+    """The jobs of the chosen algorithms and environments; exits with a usage error if there are none of one."""
+    for at, chosen in ((1, args.algorithms), (0, args.env_ids)):
+        names = [job.run_dir.name.split("__")[at] for job in jobs]
+        if missing := [name for name in chosen if name not in names]:
+            usage_error(f"{args.job_file} has no {missing[0]}, but {', '.join(dict.fromkeys(names))}")
+        jobs = [job for job, name in zip(jobs, names, strict=True) if not chosen or name in chosen]
+    return jobs
+
+
 def place(run_dir: Path) -> list[str]:
     """The flag that starts a run in its directory, or resumes it there."""
     return ["--resume" if any(run_dir.glob("checkpoint_*.pt")) else "--run-dir", str(run_dir)]
@@ -201,7 +220,7 @@ def main(args: Args) -> None:
     """Run all the jobs."""
     if args.workers < 1:
         usage_error(f"--workers is {args.workers}: it must be greater than 0")
-    jobs = read_jobs(args.job_file, args.runs)
+    jobs = select(read_jobs(args.job_file, args.runs), args)
     waiting = [job for job in jobs if not job.is_finished()]
     print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} finished before", flush=True)
     if args.dry_run:
@@ -255,7 +274,12 @@ def main(args: Args) -> None:
             print("stopping: the jobs save what they have; the same command goes on", flush=True)
         time.sleep(0.2)
     print(f"{len(durations)} of {total} jobs in {(time.time() - start) / 60:.1f} min, {failed} failed")
-    raise SystemExit(128 + stopped if stopped else failed > 0)
+    differs = False
+    if args.compare and not stopped and not failed:
+        folder = args.runs / args.job_file.stem
+        plot.record(folder, folder / "results")
+        differs = plot.compare(args.compare, folder / "results")
+    raise SystemExit(128 + stopped if stopped else failed > 0 or differs)
 
 
 if __name__ == "__main__":

@@ -200,9 +200,9 @@ def run_jobs(tmp_path: Path, capsys: pytest.CaptureFixture):
     """The runner on job.toml: its exit code, and the lines that it printed."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
 
-    def run() -> tuple[int, list[str]]:
+    def run(**chosen: object) -> tuple[int, list[str]]:
         with pytest.raises(SystemExit) as stop:
-            runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, workers=2))
+            runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, workers=2, **chosen))
         return int(stop.value.code), capsys.readouterr().out.splitlines()
 
     yield run
@@ -275,6 +275,31 @@ def test_runner_stops_and_goes_on(tmp_path: Path, how: str, run_jobs):
         code, lines = run_jobs()
         assert code == 0 and f"{run.name}: step {stopped_at + 128} " in lines[1]
         assert len((run / "run.jsonl").read_text().splitlines()) == 2
+
+
+def test_runner_runs_one_row_and_compares_it(tmp_path: Path, run_jobs, capsys: pytest.CaptureFixture):
+    """Only what is chosen runs; against itself it is within the noise, and against other returns it is not."""
+    write_job(tmp_path, 384, env_ids='["Reacher-2x1", "Reacher-1x2"]')
+    text = (tmp_path / "job.toml").read_text().replace("[1]", "[1, 2]")
+    (tmp_path / "job.toml").write_text(text.replace("--eval-episodes 0", "--eval-episodes 1"))
+    with pytest.raises(SystemExit, match="2"):
+        runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, algorithms=("mappo",)))
+    assert "has no mappo, but happo" in capsys.readouterr().err
+
+    assert run_jobs(env_ids=("Reacher-1x2",), algorithms=("happo",))[1][0] == "2 jobs, 0 finished before"
+    reference = tmp_path / "reference"
+    plot.record(tmp_path / "job", reference)
+    assert sorted(path.name for path in reference.glob("*.csv")) == [f"Reacher-1x2__happo__{i}.csv" for i in (1, 2)]
+    code, lines = run_jobs(env_ids=("Reacher-1x2",), compare=reference)
+    assert code == 0 and lines[-1].startswith("Reacher-1x2 happo: within the noise: +0 ")
+    for path in reference.glob("*.csv"):
+        *rows, last = path.read_text().splitlines()
+        columns = last.split(",")
+        columns[3] = str(float(columns[3]) + 1000)
+        path.write_text("\n".join([*rows, ",".join(columns)]))
+    code, lines = run_jobs(env_ids=("Reacher-1x2",), compare=reference)
+    assert code == 1 and lines[-1].startswith("Reacher-1x2 happo: DIFFERENT: -1000 ")
+    assert len(list(tmp_path.glob("job/results/*.csv"))) == 2
 
 
 GOOD = 'env_ids = ["Ant-4x2"]\nseeds = [1]\n'
