@@ -243,9 +243,15 @@ class Outcome:
     points: list[tuple[int, float, float]]
     megabytes: float
 
+    @property
+    def steps_per_second(self) -> float:
+        """The speed after the first iterations: from the first point that was printed to the last."""
+        (first, _, first_speed), (last, _, last_speed) = self.points[0], self.points[-1]
+        return (last - first) / (last / last_speed - first / first_speed)
 
-def run_script(name: str, flags: dict[str, object]) -> Outcome:
-    """Run a script in a process of its own."""
+
+def run_script(name: str, flags: dict[str, object], until: float = np.inf) -> Outcome:
+    """Run a script in a process of its own, to its end or to a return."""
     program = (
         "import sys, resource, tyro, {0}_mamujoco as script; script.main(tyro.cli(script.Args));"
         "print('MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
@@ -255,9 +261,18 @@ def run_script(name: str, flags: dict[str, object]) -> Outcome:
         for key, value in flags.items():
             words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         command = [sys.executable, "-c", program.format(name), *words]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    points = re.findall(r"step (\d+) episodic_return (\S+) SPS (\d+)", out)
-    return Outcome([(int(a), float(b), float(c)) for a, b, c in points], float(re.findall(r"MB (.*)", out)[-1]))
+        outcome = Outcome([], np.nan)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+            for line in process.stdout:
+                if point := re.match(r"step (\d+) episodic_return (\S+) SPS (\d+)", line):
+                    outcome.points.append((int(point[1]), float(point[2]), float(point[3])))
+                    if outcome.points[-1][1] >= until:
+                        process.kill()
+                elif memory := re.match(r"MB (.*)", line):
+                    outcome.megabytes = float(memory[1])
+        if process.returncode and until == np.inf:
+            raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
+    return outcome
 
 
 def measure_script(args: Args) -> list[dict]:
@@ -268,9 +283,8 @@ def measure_script(args: Args) -> list[dict]:
             for name in SCRIPTS:
                 known = import_module(f"{name}_mamujoco").Args.__dataclass_fields__
                 chosen = {key: value for key, value in flags.items() if key in known}
-                chosen |= {"total_timesteps": 80_000, "num_threads": args.num_threads, "eval_episodes": 0}
-                _, _, steps_per_second = run_script(name, chosen).points[-1]
-                runs.setdefault((name, setting), []).append(steps_per_second)
+                chosen |= {"total_timesteps": 60_000, "num_threads": args.num_threads, "eval_episodes": 0}
+                runs.setdefault((name, setting), []).append(run_script(name, chosen).steps_per_second)
     return [
         row("script", f"{name}, {setting}", statistics.median(sps), "steps/s") for (name, setting), sps in runs.items()
     ]
@@ -332,8 +346,8 @@ def measure_return(args: Args) -> list[dict]:
         times = []
         for seed in (1, 2, 3):
             flags = {"total_timesteps": 500_000, "seed": seed, "num_threads": args.num_threads, "eval_episodes": 0}
-            reached = [(step, sps) for step, value, sps in run_script(name, flags).points if value >= 3000]
-            step, steps_per_second = reached[0] if reached else (np.inf, 1)
+            step, value, steps_per_second = run_script(name, flags, until=3000).points[-1]
+            step = step if value >= 3000 else np.inf
             times.append(step / steps_per_second)
             rows.append(row("return", f"{name}, seed {seed}: steps to a return of 3,000", step, "steps"))
             rows.append(row("return", f"{name}, seed {seed}: time to a return of 3,000", times[-1], "s"))
@@ -351,10 +365,10 @@ def measure_growth(args: Args) -> list[dict]:
     for what, env_id, num_envs, num_steps in cases:
         flags = {"env_id": env_id, "num_envs": num_envs, "num_steps": num_steps, "num_threads": args.num_threads}
         batch = num_envs * num_steps
-        flags |= {"total_timesteps": batch * max(3, 40_000 // batch), "eval_episodes": 0}
+        flags |= {"total_timesteps": batch * max(2, 30_000 // batch), "eval_episodes": 0}
         runs = [run_script("happo", flags) for _ in range(args.repeats)]
         name = f"{what}: {env_id}, {num_envs} envs x {num_steps}"
-        speed = statistics.median(run.points[-1][2] for run in runs)
+        speed = statistics.median(run.points[-1][2] for run in runs)  # with the start: few iterations of the largest
         memory = statistics.median(run.megabytes for run in runs)
         rows += [row("growth", name, speed, "steps/s"), row("growth", name, memory, "MB")]
     return rows
