@@ -26,6 +26,7 @@ ORDER = (
     "models",
     "tasks",
     "ippo",
+    "maddpg",
     "runs",
     "scripts",
     "learning",
@@ -117,6 +118,10 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("all agents follow the first one's advantages", ("ippo_mamujoco.py",), "advantages[i][mb]", "advantages[0][mb]"),
     ("all agents' critics fit the first one's returns", ("ippo_mamujoco.py",), "list(returns.flatten(1))", "[returns[0].flatten()] * num_agents"),
     ("advantages of the first critic for all", ("ippo_mamujoco.py",), "[gae[0].flatten() for gae in gaes]", "[gaes[0][0].flatten() for gae in gaes]"),
+    # Later
+    ("a reset keeps the old velocities", ("envs/tasks.py",), "self.qpos[i], self.qvel[i] = qpos, qvel", "self.qpos[i] = qpos"),
+    ("each actor climbs among the others' new actions", ("maddpg_mamujoco.py",), "joint_actions.append(actions.clone())", "joint_actions.append((joint_actions or [actions])[-1].clone())"),
+    ("one actor's loss counts for all", ("maddpg_mamujoco.py",), "losses.sum(), params)", "losses[0] + 0 * losses.sum(), params)"),
 ]  # fmt: skip
 
 

@@ -108,14 +108,14 @@ def linear_layers(actor):
 
 
 def test_initial_network(script):
-    """Orthogonal weights of gain sqrt(2), 0.01 at the output; zero biases; log_std is -0.5; reproducible."""
+    """Orthogonal weights of gain sqrt(2), 0.01 at the output; zero biases; log_std is -1; reproducible."""
     actor, same = (script.Actor(5, 3, (8, 4), torch.Generator().manual_seed(1)) for _ in range(2))
     layers = linear_layers(actor)
     assert [w.shape for w, _ in layers] == [(8, 5), (4, 8), (3, 4)]
     for (weight, bias), gain in zip(layers, (2**0.5, 2**0.5, 0.01), strict=True):
         np.testing.assert_allclose(np.linalg.svd(weight, compute_uv=False), gain, rtol=1e-9)
         assert (bias == 0).all()
-    assert actor.log_std.tolist() == [-0.5] * 3
+    assert actor.log_std.tolist() == [-1.0] * 3
     assert all(torch.equal(p, q) for p, q in zip(actor.parameters(), same.parameters(), strict=True))
 
 
