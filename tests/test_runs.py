@@ -429,7 +429,7 @@ def test_wandb_gets_the_same_offline(tmp_path: Path):
     flags = [*SMALL, "--env-id", "Reacher-2x1", "--total-timesteps", 256, "--eval-episodes", 1, "--track"]
     command = [sys.executable, script.__file__, *map(str, flags), "--run-dir", str(tmp_path / "run")]
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
