@@ -187,7 +187,10 @@ def measure_rollout(args: Args) -> list[dict]:
         "policy alone": lambda: policy.act(obs, generator),
         "whole rollout": step,
     }
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the scripts do while they act
     times = take_turns(jobs, args.repeats)
+    torch.set_num_threads(num_threads)
     return [row("rollout", f"HalfCheetah-6x1 x 64: {name}", 64 / times[name], "steps/s") for name in jobs]
 
 
