@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Adam
@@ -413,20 +414,26 @@ def fisher_vector_product(actor: Actor, obs: Tensor) -> Callable[[Tensor], Tenso
     return product
 
 
-def conjugate_gradient(Ax: Callable[[Tensor], Tensor], b: Tensor, cg_iters: int, tolerance: float = 1e-10) -> Tensor:
-    """Solve Ax = b for a symmetric positive definite A, given as the map x -> Ax; stop at |residual|^2 < tolerance."""
-    x, residual, direction = torch.zeros_like(b), b, b
+def conjugate_gradient(
+    H: Callable[[Tensor], Tensor], b: Tensor, damping: float, cg_iters: int, tolerance: float = 1e-10
+) -> tuple[Tensor, Tensor]:
+    """Solve (H + damping I) x = b for a positive semidefinite H, given as the map x -> Hx; return x and Hx.
+
+    Stops at |residual|^2 < tolerance. Hx is the sum of the products on the way, so it costs no further one.
+    """
+    x, Hx, residual, direction = torch.zeros_like(b), torch.zeros_like(b), b, b
     rr = residual @ residual
     for _ in range(cg_iters):
         if rr < tolerance:
             break
-        A_direction = Ax(direction)
-        alpha = rr / (direction @ A_direction)
-        x = x + alpha * direction
-        residual = residual - alpha * A_direction
+        H_direction = H(direction)
+        damped = H_direction + damping * direction
+        alpha = rr / (direction @ damped)
+        x, Hx = x + alpha * direction, Hx + alpha * H_direction
+        residual = residual - alpha * damped
         rr, old_rr = residual @ residual, rr
         direction = residual + rr / old_rr * direction
-    return x
+    return x, Hx
 
 
 def line_search(
@@ -491,9 +498,9 @@ def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: T
     old_dist, old_objective = tuple(d.detach() for d in dist), objective(dist)
     gradient = parameters_to_vector(torch.autograd.grad(old_objective, params))
     H = fisher_vector_product(actor, obs[:: args.fisher_stride])
-    x = conjugate_gradient(lambda v: H(v) + args.cg_damping * v, gradient, args.cg_iters)
+    x, Hx = conjugate_gradient(H, gradient, args.cg_damping, args.cg_iters)
     # beta = sqrt(2 delta / x^T H x): the step at which the quadratic model of the KL reaches delta (x = 0 gives 0)
-    step = torch.sqrt(2 * args.target_kl / (x @ H(x)).clamp(min=1e-12)) * x
+    step = torch.sqrt(2 * args.target_kl / (x @ Hx).clamp(min=1e-12)) * x
     expected_gain = step @ gradient
     search = args.target_kl, args.backtrack_coeff, args.backtrack_iters, args.accept_ratio
     new_params, stats = line_search(evaluate, old_params, step, expected_gain, *search)
@@ -843,8 +850,9 @@ def main(args: Args) -> None:
             last_returns.extend(episode_return for episode_return, _ in episodes)
         if num_diverged := getattr(vec.unwrapped, "num_diverged", 0):  # rare: shown once there is one
             log["charts/num_diverged"] = num_diverged
-        for key, value in log.items():
-            writer.add_scalar(key, value, global_step)
+        # All in one event: `add_scalar` for each takes 15 times as long.
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in log.items()]
+        writer.file_writer.add_summary(Summary(value=values), global_step)
         shown = f"episodic_return {np.mean(last_returns) if last_returns else np.nan:.1f}"
         shown += f" diverged simulations {num_diverged}" if num_diverged else ""
         bar.set_postfix_str(shown, refresh=False)

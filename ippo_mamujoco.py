@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Generator, Tensor, nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -768,8 +769,9 @@ def main(args: Args) -> None:
             last_returns.extend(episode_return for episode_return, _ in episodes)
         if num_diverged := getattr(vec.unwrapped, "num_diverged", 0):  # rare: shown once there is one
             log["charts/num_diverged"] = num_diverged
-        for key, value in log.items():
-            writer.add_scalar(key, value, global_step)
+        # All in one event: `add_scalar` for each takes 15 times as long.
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in log.items()]
+        writer.file_writer.add_summary(Summary(value=values), global_step)
         shown = f"episodic_return {np.mean(last_returns) if last_returns else np.nan:.1f}"
         shown += f" diverged simulations {num_diverged}" if num_diverged else ""
         bar.set_postfix_str(shown, refresh=False)

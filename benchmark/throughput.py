@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import tyro
 from mujoco.batch import Batch
+from torch.utils.tensorboard import FileWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -219,7 +220,7 @@ def make_update(name: str, agents: int, rows: int, **hyperparameters: object) ->
     # A pass is a forward, and a backward of twice its cost. A Fisher product, Jv and then J^T u, costs four forwards.
     # HATRPO: gradient, graphs of the Fisher product, products, one try of the line search, old log-probabilities, M.
     if name == "hatrpo":
-        per_agent = 3 + (3 + 4 * (args.cg_iters + 1)) / args.fisher_stride + 1 + 1 + 1
+        per_agent = 3 + (3 + 4 * args.cg_iters) / args.fisher_stride + 1 + 1 + 1
     else:
         per_agent = 3 * args.update_epochs + (name == "happo")
     return run, forward * (agents * per_agent + 3 * args.critic_epochs)
@@ -305,7 +306,7 @@ def measure_phases(args: Args) -> list[dict]:
             "GAE": [(script, "compute_gae")],
             "actors": [(script, f"{name}_update")],
             "critic": [(script, "critic_update")],
-            "logging, progress bar": [(script.SummaryWriter, "add_scalar"), (script.tqdm, "update")],
+            "logging, progress bar": [(FileWriter, "add_summary"), (script.tqdm, "update")],
             "checkpoint": [(script, "save")],
             "setup": [(script.envs, "make_vec"), (script, "describe_run"), (script.SummaryWriter, "__init__")],
             "storage and the rest": [(script, "main")],

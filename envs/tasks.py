@@ -68,6 +68,7 @@ class MujocoVectorEnv(VectorEnv):
         self.has_contact_forces = ("cfrc_ext", 1) in self.obs_entries
         self.batch = Batch(env.model, num_envs, num_threads, persistent=self.has_contact_forces)
         self.qpos, self.qvel, self.ctrl = self.batch.qpos, self.batch.qvel, self.batch.ctrl
+        self._warnings, self._dt = self.batch.warning[:, DIVERGED], env.dt
         for field in self.derived_fields:  # bound before the first reset: a field is only filled from then on
             self.batch.bind(field)
         self.cfrc_ext = np.zeros((num_envs, env.model.nbody, 6))
@@ -181,7 +182,7 @@ class MujocoVectorEnv(VectorEnv):
         healthy = self._healthy()
         observations = self._observation()
         position = self._position()
-        rewards = self._reward(actions, (position - self._last_position) / self.env.dt, healthy)
+        rewards = self._reward(actions, (position - self._last_position) / self._dt, healthy)
         self._last_position = position
         terminations = ~healthy & getattr(self.env, "_terminate_when_unhealthy", False)
         truncations = self._elapsed_steps >= self.max_episode_steps
@@ -189,8 +190,8 @@ class MujocoVectorEnv(VectorEnv):
 
         # MuJoCo has put a simulation that diverged back to its default pose: what was computed from it means nothing.
         # A reset clears the counts.
-        diverged = self.batch.warning[:, DIVERGED].any(axis=(1, 2))
-        if diverged.any():
+        if self._warnings.any():
+            diverged = self._warnings.any(axis=(1, 2))
             self.num_diverged += diverged.sum()
             terminations |= diverged
             rewards[diverged] = 0

@@ -1,5 +1,6 @@
 """HATRPO's trust region: Fisher matrix, conjugate gradient, line search and the step that they make."""
 
+import itertools
 import math
 
 import numpy as np
@@ -136,38 +137,45 @@ def spd_system(rng, n):
 
 
 def test_conjugate_gradient_solves_positive_definite_systems():
-    """Against torch.linalg.solve; the default tolerance keeps |Ax - b|^2 under 1e-10."""
+    """Against torch.linalg.solve, damped or not; the default tolerance keeps |(A + c I) x - b|^2 under 1e-10."""
     rng = np.random.default_rng(0)
     for n in [*range(1, 12), 40]:
-        A, b = spd_system(rng, n)
-        exact = torch.linalg.solve(A, b)
-        x = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, b, 10 * n, 1e-24)
-        torch.testing.assert_close(x, exact, rtol=1e-9, atol=1e-10)
-        x = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, b, 10 * n)
-        assert (A @ x - b).square().sum() < 1.01e-10
+        for damping in (0.0, 0.37, 10.0):
+            A, b = spd_system(rng, n)
+            damped = A + damping * torch.eye(n)
+            x, Ax = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, b, damping, 10 * n, 1e-24)
+            torch.testing.assert_close(x, torch.linalg.solve(damped, b), rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(Ax, A @ x, rtol=1e-9, atol=1e-10)
+            x, Ax = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, b, damping, 10 * n)
+            assert (damped @ x - b).square().sum() < 1.01e-10
+            torch.testing.assert_close(Ax, A @ x, rtol=1e-9, atol=1e-10)
 
 
 def test_conjugate_gradient_after_k_iterations_is_the_best_in_the_krylov_space():
-    """After k products with A: the minimum of x^T A x / 2 - b^T x over the span of b, Ab, .., A^(k-1) b."""
+    """After k products with A: the minimum of x^T (A + c I) x / 2 - b^T x over the span of b, Ab, .., A^(k-1) b."""
     rng = np.random.default_rng(1)
-    for k in range(6):
+    for k, damping in itertools.product(range(6), (0.0, 0.37)):
         A, b = spd_system(rng, 8)
         K = torch.stack([torch.linalg.matrix_power(A, p) @ b for p in range(k)], 1) if k else torch.zeros(8, 0)
         K, _ = torch.linalg.qr(K)
-        expected = K @ torch.linalg.solve(K.T @ A @ K, K.T @ b)
+        expected = K @ torch.linalg.solve(K.T @ (A + damping * torch.eye(8)) @ K, K.T @ b)
         products = []
-        x = hatrpo.conjugate_gradient(lambda v, A=A, products=products: products.append(v) or A @ v, b, k)
+        count = lambda v, A=A, products=products: products.append(v) or A @ v  # noqa: E731
+        x, Ax = hatrpo.conjugate_gradient(count, b, damping, k)
         torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(Ax, A @ expected, rtol=1e-9, atol=1e-10)
         assert len(products) == k
 
 
 def test_conjugate_gradient_of_zero_is_zero():
     """No gradient, no step, no NaN, whatever the matrix; and nothing goes on after an exact solution."""
     for A in (torch.eye(3), torch.zeros(3, 3)):
-        x = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, torch.zeros(3), 10)
+        x, Ax = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, torch.zeros(3), 0.0, 10)
         assert torch.equal(x, torch.zeros(3))
-    x = hatrpo.conjugate_gradient(lambda v: 4 * v, torch.tensor([4.0, 8.0, -4.0]), 10)
+        assert torch.equal(Ax, torch.zeros(3))
+    x, Ax = hatrpo.conjugate_gradient(lambda v: 3 * v, torch.tensor([4.0, 8.0, -4.0]), 1.0, 10)
     assert x.tolist() == [1, 2, -1]
+    assert Ax.tolist() == [3, 6, -3]
 
 
 # Line search
@@ -274,7 +282,7 @@ def make_args(**changed):
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_step_is_built_from_gradient_and_damped_fisher_matrix(ent_coef, stride, monkeypatch):
-    """What conjugate gradient and line search get: g, H + damping I, a step on the quadratic model's boundary."""
+    """What conjugate gradient and line search get: g, H, damping, a step on the quadratic model's boundary."""
     actor = make_actor(3)
     batch = make_batch(actor, 3)
     batch[3].mul_(1e4)  # the step does not depend on M's size, but relative to it conjugate gradient is exact
@@ -283,13 +291,12 @@ def test_step_is_built_from_gradient_and_damped_fisher_matrix(ent_coef, stride, 
     gradient = grad(lambda flat: objective(policy(actor, batch[0], flat), batch, ent_coef))(old)
     seen = {}
 
-    def solve(Ax, b, cg_iters):
-        damped = matrix_of(Ax, len(b))
-        torch.testing.assert_close(damped, H + 0.37 * torch.eye(len(b)), rtol=1e-10, atol=1e-12)
-        assert torch.linalg.eigvalsh(damped).min() > 0.37 * (1 - 1e-9)
+    def solve(product, b, damping, cg_iters):
+        torch.testing.assert_close(matrix_of(product, len(b)), H, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(b, gradient, rtol=1e-10, atol=1e-12)
-        assert cg_iters == 77
-        return torch.linalg.solve(damped, b)
+        assert (damping, cg_iters) == (0.37, 77)
+        x = torch.linalg.solve(H + damping * torch.eye(len(b)), b)
+        return x, H @ x
 
     def line_search(evaluate, params, step, expected_gain, *settings_):
         assert settings_ == (0.01, 0.8, 10, 0.5)
