@@ -111,7 +111,7 @@ class Args:
     """L: how often, before the agent keeps its old policy"""
     accept_ratio: float = 0.5
     """kappa: least share of the gain expected by the gradient that a step must achieve"""
-    cg_iters: int = 5
+    cg_iters: int = 4
     """iterations of the conjugate gradient"""
     cg_damping: float = 10.0
     """what is added to the Fisher matrix's diagonal in the conjugate gradient; little lets a step fit single samples"""
