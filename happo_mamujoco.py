@@ -191,13 +191,13 @@ class NormalizedEnv:
             self.obs_rms.update(obs)
             self.returns = self.returns * self.gamma + rewards
             self.return_rms.update(self.returns[:, None])
-            self.returns = self.returns * (1 - terminations) * (1 - truncations)
         obs = next_obs = self.normalize_obs(obs)
         if "_final_obs" in infos:
             done = torch.as_tensor(infos["_final_obs"], device=self.device)
             final_obs = torch.as_tensor(np.stack(infos["final_obs"][infos["_final_obs"]]), device=self.device)
             next_obs = obs.clone()
             next_obs[done] = self.normalize_obs(final_obs)
+            self.returns[done] = 0
         rewards = (rewards * torch.rsqrt(self.return_rms.var + 1e-8)).clamp(-self.clip, self.clip)
         return obs, next_obs, rewards.float(), terminations.float(), truncations.float(), infos
 
@@ -323,6 +323,7 @@ class JointPolicy:
             self.log_std[act_ids] = actors[i].log_std[: len(act_ids)]
             self.agent_of[act_ids, i] = 1
             self.output_ids[act_ids] = i * max_act_dim + torch.arange(len(act_ids), device=device)
+        self.std = self.log_std.exp()
         self.weights = [torch.stack(w).mT for w in zip(*weights, strict=True)]  # [num_agents, fan_in, fan_out]
         self.biases = [torch.stack(b)[:, None] for b in zip(*biases, strict=True)]  # [num_agents, 1, fan_out]
 
@@ -339,7 +340,7 @@ class JointPolicy:
         mean = self.mean(obs)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         logprobs = -0.5 * noise.square() - self.log_std - 0.5 * np.log(2 * np.pi)
-        return mean + noise * self.log_std.exp(), logprobs @ self.agent_of
+        return mean + noise * self.std, logprobs @ self.agent_of
 
 
 # The algorithm

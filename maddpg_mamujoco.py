@@ -181,13 +181,13 @@ class NormalizedEnv:
             self.obs_rms.update(obs)
             self.returns = self.returns * self.gamma + rewards
             self.return_rms.update(self.returns[:, None])
-            self.returns = self.returns * (1 - terminations) * (1 - truncations)
         obs = next_obs = self.normalize_obs(obs)
         if "_final_obs" in infos:
             done = torch.as_tensor(infos["_final_obs"], device=self.device)
             final_obs = torch.as_tensor(np.stack(infos["final_obs"][infos["_final_obs"]]), device=self.device)
             next_obs = obs.clone()
             next_obs[done] = self.normalize_obs(final_obs)
+            self.returns[done] = 0
         rewards = (rewards * torch.rsqrt(self.return_rms.var + 1e-8)).clamp(-self.clip, self.clip)
         return obs, next_obs, rewards.float(), terminations.float(), truncations.float(), infos
 

@@ -413,6 +413,7 @@ def main(args: Args) -> None:
     """Measure, print and write."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    mujoco.set_mju_user_warning(lambda _: None)  # Gymnasium's own model files have deprecated attributes
     measures = {"env": measure_env, "rollout": measure_rollout, "update": measure_update, "script": measure_script}
     measures |= {"phases": measure_phases, "return": measure_return, "growth": measure_growth}
     rows: list[dict] = []

@@ -71,7 +71,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("next episode's observation leaks into the ended one", SCRIPTS, "next_obs[done] = self.normalize_obs(final_obs)", "pass"),
     ("normaliser not frozen", SCRIPTS, "        if self.training:\n            self.obs_rms.update(obs)\n            self.returns", "        if True:\n            self.obs_rms.update(obs)\n            self.returns"),
     ("normaliser updated twice", SCRIPTS, "self.return_rms.update(self.returns[:, None])", "[self.return_rms.update(self.returns[:, None]) for _ in 'ab']"),
-    ("discounted return crosses episodes", SCRIPTS, "self.returns = self.returns * (1 - terminations) * (1 - truncations)", "pass"),
+    ("discounted return crosses episodes", SCRIPTS, "self.returns[done] = 0", "pass"),
     ("variance not pooled with the means' distance", SCRIPTS, "var + (1 - weight) * delta.square(), weight", "var, weight"),
     ("actions not clipped", SCRIPTS, "actions.clamp(-1, 1).cpu()", "actions.cpu()"),
     ("actions not scaled to the actuators", SCRIPTS, "self.action_mid + self.action_half * actions", "actions"),
