@@ -405,10 +405,11 @@ def fisher_vector_product(actor: Actor, obs: Tensor) -> Callable[[Tensor], Tenso
     new = [d.detach().requires_grad_() for d in dist]
     kl_gradient = grad(gaussian_kl(tuple(d.detach() for d in dist), new).mean(), new, create_graph=True)
     u = [torch.zeros_like(d, requires_grad=True) for d in new]
-    JTu = parameters_to_vector(grad(dist, params, u, create_graph=True))  # linear in u: its gradient in u gives Jv
+    JTu = grad(dist, params, u, create_graph=True)  # linear in u: its gradient in u gives Jv
+    sizes = [p.numel() for p in params]
 
     def product(v: Tensor) -> Tensor:
-        Jv = grad(JTu @ v, u, retain_graph=True)
+        Jv = grad(JTu, u, [x.view_as(p) for x, p in zip(v.split(sizes), params, strict=True)], retain_graph=True)
         KJv = grad(kl_gradient, new, Jv, retain_graph=True)
         return parameters_to_vector(grad(dist, params, KJv, retain_graph=True))
 
