@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import gymnasium as gym
 import mujoco
+import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.vector import VectorEnv
 
 from envs import models, tasks
+from envs.foreign import ForeignVectorEnv
 from envs.partition import (
     ACTUATORS_PER_SEGMENT,
     NAMED_PARTITIONS,
@@ -24,18 +25,15 @@ from envs.partition import (
     parse_actuator_lists,
     parse_partition,
 )
-from envs.state import get_state, set_state
 
 __all__ = [
     "ENV_IDS",
     "NAMED_PARTITIONS",
     "ROBOTS",
     "Partition",
-    "get_state",
     "make_partition",
     "make_vec",
     "parse_partition",
-    "set_state",
 ]
 
 # Robot -> (Gymnasium id: the source of weights, ranges, reset and time limit; the task on mujoco.batch).
@@ -88,9 +86,8 @@ def make_vec(
         partition: the partition, when `env_id` is the robot alone.
 
     Returns:
-        A vector environment over flat observations float64 [num_envs, obs_dim] and actions [num_envs, act_dim], with
-        SAME_STEP autoreset, episode statistics under `infos["episode"]`, the index arrays as `.partition` and, for
-        `ROBOTS`, the simulations as `.batch`.
+        A vector environment over flat observations [num_envs, obs_dim] and actions [num_envs, act_dim], with SAME_STEP
+        autoreset, the index arrays as `.partition`, and `get_state` and `set_state` to save it and go on bit for bit.
 
     Raises:
         ValueError: in one line, when something in the arguments is unknown or does not fit.
@@ -106,10 +103,8 @@ def make_vec(
     with _quiet_compiler():
         env = _make_task_env(robot, text)
     act_ids = parse_partition(robot, text, env.model.nu)
-    physics = task(env, num_envs, gym.spec(gym_id).max_episode_steps, num_threads)
-    vec = RecordEpisodeStatistics(physics)
-    vec.partition = make_partition(env.model, act_ids, physics.obs_entries, agent_obsk)
-    vec.batch = physics.batch
+    vec = task(env, num_envs, gym.spec(gym_id).max_episode_steps, num_threads)
+    vec.partition = make_partition(env.model, act_ids, vec.obs_entries, agent_obsk)
     return vec
 
 
@@ -158,7 +153,9 @@ def _make_gymnasium_vec(
     act_ids = parse_partition(gym_id, partition, env.model.nu)
     unknown = [("global", 0)] * env.observation_space.shape[0]
     entries = unknown if agent_obsk is None else tasks.observation_entries(env)
-    vec = gym.make_vec(gym_id, num_envs, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
-    vec = RecordEpisodeStatistics(vec)
+    low, high = env.action_space.low, env.action_space.high
+    if bad := np.flatnonzero(~(np.isfinite(low) & np.isfinite(high) & (low < high))).tolist():
+        raise ValueError(f"{gym_id}: the action range of actuator {bad[0]} must be finite, from low to a higher high")
+    vec = ForeignVectorEnv(gym_id, num_envs)
     vec.partition = make_partition(env.model, act_ids, entries, agent_obsk)
     return vec

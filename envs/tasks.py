@@ -142,7 +142,7 @@ class MujocoVectorEnv(VectorEnv):
         self.qpos[i], self.qvel[i] = qpos, qvel
 
     def get_state(self) -> dict[str, Any]:
-        """Everything the simulations remember between two steps, as plain Python data (see `envs.get_state`)."""
+        """Everything the simulations remember between two steps, as plain Python data."""
         return {
             "simulations": self.batch.state.tolist(),
             "last_position": self._last_position.tolist(),
@@ -152,7 +152,9 @@ class MujocoVectorEnv(VectorEnv):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` returned, to the last bit."""
+        """Go on from what `get_state` returned, after a reset. Raises ValueError for a state of other environments."""
+        if np.shape(state["simulations"]) != self.batch.state.shape:
+            raise ValueError(f"the state is not one of {self.num_envs} simulations of this robot")
         self.batch.state[:] = state["simulations"]
         self._last_position[:] = state["last_position"]
         self._elapsed_steps[:] = state["elapsed_steps"]
