@@ -7,22 +7,15 @@ Lowe et al., "Multi-Agent Actor-Critic for Mixed Cooperative-Competitive Environ
 for one shared reward: one critic instead of one per agent. Next to it: the on-policy scripts, whose form it has.
 """
 
+import argparse
 import copy
-import importlib.metadata
-import importlib.util
-import json
 import os
-import platform
 import re
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,14 +24,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from tensorboard.compat.proto.summary_pb2 import Summary
+from filelock import FileLock
+from gymnasium.wrappers.utils import RunningMeanStd
 from torch import Generator, Tensor, nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
-from envs.video import Film
 
 
 @dataclass
@@ -46,220 +39,222 @@ class Args:
     """Command line of the script."""
 
     # Experiment
-    exp_name: str = Path(__file__).stem
-    """name of the experiment"""
     env_id: str = "HalfCheetah-6x1"
     """<Robot>-<partition>: HalfCheetah-6x1, Ant-4x2, "Walker2d-[[0,3],[1,4],[2,5]]", or <Gymnasium id>-<partition>"""
-    agent_obsk: int | None = None
-    """what an agent sees: None the whole state, k its own joints and the positions of those up to k joints away"""
-    seed: int = 1
-    """seed of everything random: environments, networks, action noise, minibatches, order of the agents"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the run, summed over the environments"""
-    run_dir: str | None = None
-    """where to write the log and the model; None is runs/<env_id>__<exp_name>__<seed>__<time>; must not exist"""
-    resume: str | None = None
-    """run directory (or a checkpoint in it) to continue with its arguments; --total-timesteps may be raised"""
-    checkpoint_interval: int = 100
-    """iterations between checkpoints (with the replay buffer), of which the last two are kept; 0: at the end only"""
-    eval_interval: int = 100_000
-    """environment steps between evaluations; 0 evaluates at the end only"""
-    eval_episodes: int = 10
-    """deterministic episodes per evaluation; 0 never evaluates"""
-    eval_only: bool = False
-    """with --resume: evaluate the run instead of continuing it"""
-    capture_video: bool = False
-    """whether to film a deterministic episode at the end: video_<step>.mp4 and .gif in the run's directory"""
-    cuda: bool = False
-    """whether to train on the GPU; without one it falls back to the CPU and says so"""
-    torch_deterministic: bool = True
-    """whether PyTorch may only use deterministic kernels"""
-    num_threads: int = 0
-    """CPU threads for PyTorch and for the physics each; 0 leaves it to them (one per core)"""
-    track: bool = False
-    """whether to log to Weights & Biases too (pip install wandb)"""
-    wandb_project_name: str = "mamujoco"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases entity (team)"""
+    agent_obsk: int | None = None  # what an agent sees: everything, or its own joints and positions up to k joints away
+    seed: int = 1  # of everything random: environments, networks, action noise, minibatches, order of the agents
+    total_timesteps: int = 1_000_000  # environment steps of the run, summed over the environments
+    run_dir: str = ""  # where to write; must not exist; if not given, runs/<env_id>__<script>__<seed>__<time>
+    resume: str = ""  # run directory to go on from: its arguments become the defaults of all the others
+    checkpoint_interval: int = 200_000  # environment steps between checkpoints, which hold the replay buffer
+    eval_interval: int = 100_000  # environment steps between evaluations
+    eval_episodes: int = 10  # deterministic episodes per evaluation; 0 never evaluates
+    cuda: bool = False  # train on the GPU, if there is one
+    num_threads: int = 0  # CPU threads for PyTorch and for the physics each; 0 is one per core
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_project_name: str = "mamujoco"  # Weights & Biases project
 
     # Algorithm
-    num_envs: int = 20
-    """number of parallel environments"""
-    num_steps: int = 100
-    """steps in each environment per iteration, that is between two points of the log"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds; its memory is stated at the start"""
-    learning_starts: int = 10_000
-    """environment steps with uniformly random actions, before the first update"""
-    updates_per_step: float = 0.1
-    """updates of critic and actors per environment step; 0.1 is two for every step of 20 environments"""
-    batch_size: int = 256
-    """transitions per update"""
-    n_step: int = 5
-    """rewards in a target before it bootstraps; fewer where the episode ends"""
-    learning_rate: float = 5e-4
-    """learning rate of the actors"""
-    critic_learning_rate: float = 1e-3
-    """learning rate of the critic"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """share of the networks in their targets after an update (Polyak averaging)"""
-    exploration_noise: float = 0.1
-    """standard deviation of the noise on actions, which go from -1 to 1"""
-    hidden_sizes: tuple[int, ...] = (128, 128)
-    """sizes of the hidden layers of actors and critic"""
+    num_envs: int = 20  # parallel environments
+    num_steps: int = 100  # steps in each environment between two points of the log
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds; its memory is stated at the start
+    learning_starts: int = 10_000  # environment steps with uniformly random actions, before the first update
+    updates_per_step: float = 0.1  # updates per environment step; 0.1 is two for every step of 20 environments
+    batch_size: int = 256  # transitions per update
+    n_step: int = 5  # rewards in a target before it bootstraps; fewer where the episode ends
+    learning_rate: float = 5e-4  # of the actors
+    critic_learning_rate: float = 1e-3  # of the critic
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # share of the networks in their targets after an update (Polyak averaging)
+    exploration_noise: float = 0.1  # standard deviation of the noise on actions, which go from -1 to 1
+    hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of actors and critic
+
+    def __post_init__(self) -> None:
+        """Name the run's directory; raise ValueError, which tyro shows, for a value that makes no sense."""
+        name = f"{self.env_id}__{Path(__file__).stem}__{self.seed}__{time.time():.3f}"
+        self.run_dir = self.run_dir or str(Path("runs", re.sub(r"[^\w.-]", "_", name)))
+        for names, low, high in (
+            ("num_envs num_steps n_step", 1, 10**5),
+            ("hidden_sizes", 1, 10**4),
+            ("checkpoint_interval eval_interval total_timesteps batch_size", 1, 10**12),
+            ("seed num_threads eval_episodes learning_starts", 0, 2**31),
+            ("learning_rate critic_learning_rate updates_per_step", 1e-12, 1e6),
+            ("gamma tau exploration_noise", 0, 1),
+            ("buffer_size", self.num_envs * self.n_step, 10**12),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if not all(low <= x <= high for x in np.atleast_1d(value)) or value == ():
+                    raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be from {low} to {high}")
+        if self.total_timesteps < (step := self.num_envs * self.num_steps):
+            raise ValueError(f"--total-timesteps {self.total_timesteps} is less than num_envs * num_steps, {step}")
+        if self.track and not find_spec("wandb"):
+            raise ValueError("--track needs Weights & Biases: pip install wandb")
 
 
-# Running normalisation
-
-
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all samples seen so far, per feature (Chan et al. 1979, parallel update)."""
-
-    def __init__(self, dim: int) -> None:
-        """Statistics of vectors of length `dim`."""
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
-
-    def update(self, x: Tensor) -> None:
-        """Add samples [n, dim]."""
-        var, mean = torch.var_mean(x, 0, correction=0)
-        self.count += x.shape[0]
-        weight, delta = x.shape[0] / self.count, mean - self.mean  # of what is new
-        self.var.lerp_(var + (1 - weight) * delta.square(), weight)
-        self.mean.lerp_(mean, weight)
+# Environment
 
 
 class NormalizedEnv:
-    """A vector environment in the learner's terms: normalised float32 tensors on its device, actions in [-1, 1].
+    """A vector environment in the learner's terms: float32 tensors on its device, actions in [-1, 1].
 
-    Observations are standardised, rewards are divided by the standard deviation of the discounted return. The running
-    statistics of both change only while `training` is set.
+    What goes to the replay buffer outlives the statistics: `step` leaves it raw, `normalize` takes the newest ones.
     """
 
-    def __init__(self, vec: gym.vector.VectorEnv, gamma: float, device: torch.device, clip: float = 10.0) -> None:
-        """Wrap `vec`; what is normalised is clipped to [-clip, clip]."""
-        self.vec, self.gamma, self.device, self.clip, self.training = vec, gamma, device, clip, True
-        self.obs_rms = RunningMeanStd(vec.single_observation_space.shape[0]).to(device)
-        self.return_rms = RunningMeanStd(1).to(device)
-        self.returns = torch.zeros(vec.num_envs, dtype=torch.float64, device=device)
+    def __init__(self, vec: gym.vector.VectorEnv, device: torch.device) -> None:
+        """Wrap `vec`. Raises ValueError if a step that ends an episode does not start the next one (SAME_STEP)."""
+        if vec.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.SAME_STEP:
+            raise ValueError("the vector environment's autoreset_mode must be SAME_STEP")
+        self.vec, self.device = vec, device
+        self.obs_rms = RunningMeanStd(shape=vec.single_observation_space.shape)
         low, high = vec.single_action_space.low, vec.single_action_space.high
         self.action_mid, self.action_half = (low + high) / 2, (high - low) / 2
+        self.sums = np.zeros((2, vec.num_envs))  # of each episode so far: return, length
+        self.episodes: list[list[float]] = []  # return and length of those that ended since this was last emptied
 
-    def normalize_obs(self, obs: Tensor) -> Tensor:
-        """Normalise observations [..., obs_dim]."""
-        obs = (obs - self.obs_rms.mean) * torch.rsqrt(self.obs_rms.var + 1e-8)
-        return obs.clamp(-self.clip, self.clip).float()
+    def tensor(self, x: np.ndarray | Tensor) -> Tensor:
+        """Put an array on the device as float32."""
+        return torch.as_tensor(x, dtype=torch.float32, device=self.device)
+
+    def normalize(self, obs: np.ndarray | Tensor) -> Tensor:
+        """Standardise observations [..., obs_dim], clip them to [-10, 10]."""
+        mean, std = self.tensor(self.obs_rms.mean), self.tensor(np.sqrt(self.obs_rms.var + 1e-8))
+        return ((self.tensor(obs) - mean) / std).clamp(-10, 10)
+
+    def scale(self, actions: Tensor) -> np.ndarray:
+        """Clip actions [..., act_dim] to [-1, 1] and scale them to the actuators' range."""
+        return self.action_mid + self.action_half * actions.clamp(-1, 1).cpu().numpy()
 
     def reset(self, seed: int) -> Tensor:
         """Start all episodes; return observations [num_envs, obs_dim]."""
-        obs = torch.as_tensor(self.vec.reset(seed=seed)[0], device=self.device)
-        self.returns = torch.zeros_like(self.returns)
-        if self.training:
-            self.obs_rms.update(obs)
-        return self.normalize_obs(obs)
+        obs, _ = self.vec.reset(seed=seed)
+        self.obs_rms.update(obs)
+        self.obs = self.tensor(obs)
+        return self.obs
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict]:
-        """Apply actions [num_envs, act_dim], clipped to [-1, 1] and scaled to the actuators' range.
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Apply actions [num_envs, act_dim].
 
         Returns:
             obs: where to act next, [num_envs, obs_dim]; after an episode's end the first of the next episode.
             next_obs: the state that the actions led to; the same, but after an episode's end its true last one.
             rewards, terminations, truncations: float32, [num_envs].
-            infos: Gymnasium's.
         """
-        scaled = self.action_mid + self.action_half * actions.clamp(-1, 1).cpu().numpy()
-        obs, rewards, terminations, truncations, infos = self.vec.step(scaled)
-        # One transfer to the device for everything.
-        packed = torch.as_tensor(np.column_stack((obs, rewards, terminations, truncations)), device=self.device)
-        obs, (rewards, terminations, truncations) = packed[:, :-3], packed[:, -3:].T
-        if self.training:
-            self.obs_rms.update(obs)
-            self.returns = self.returns * self.gamma + rewards
-            self.return_rms.update(self.returns[:, None])
-        obs = next_obs = self.normalize_obs(obs)
-        if "_final_obs" in infos:
-            done = torch.as_tensor(infos["_final_obs"], device=self.device)
-            final_obs = torch.as_tensor(np.stack(infos["final_obs"][infos["_final_obs"]]), device=self.device)
-            next_obs = obs.clone()
-            next_obs[done] = self.normalize_obs(final_obs)
-            self.returns[done] = 0
-        rewards = (rewards * torch.rsqrt(self.return_rms.var + 1e-8)).clamp(-self.clip, self.clip)
-        return obs, next_obs, rewards.float(), terminations.float(), truncations.float(), infos
+        obs, rewards, terminations, truncations, infos = self.vec.step(self.scale(actions))
+        self.obs_rms.update(obs)
+        self.sums += [rewards, np.ones_like(rewards)]
+        self.obs = next_obs = self.tensor(obs)
+        if (done := terminations | truncations).any():
+            next_obs = self.obs.clone()
+            next_obs[done] = self.tensor(np.stack(infos["final_obs"][done]))
+            self.episodes += self.sums[:, done].T.tolist()
+            self.sums[:, done] = 0
+        return self.obs, next_obs, *self.tensor(np.stack([rewards, terminations, truncations]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The running statistics, and all that the environments remember."""
-        rms = {"obs_rms": self.obs_rms.state_dict(), "return_rms": self.return_rms.state_dict()}
-        return rms | {"returns": self.returns, "vec": envs.get_state(self.vec)}
+        """Statistics, and what the environments remember if they have `get_state` and `set_state`."""
+        rms = [[np.asarray(x).tolist() for x in (r.mean, r.var, r.count)] for r in (self.obs_rms,)]
+        vec = self.vec.get_state() if hasattr(self.vec, "get_state") else None
+        return {"rms": rms, "vec": vec, "sums": self.sums.tolist(), "obs": self.obs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; `vec` must have been reset once."""
-        self.obs_rms.load_state_dict(state["obs_rms"])
-        self.return_rms.load_state_dict(state["return_rms"])
-        self.returns = state["returns"].to(self.device)
-        envs.set_state(self.vec, state["vec"])
+        """Go on from there, or in new episodes if that was not saved; `reset` comes first."""
+        for rms, saved in zip((self.obs_rms,), state["rms"], strict=True):
+            rms.mean, rms.var, rms.count = map(np.array, saved)
+        if state["vec"] is None:
+            return print("this environment has no get_state: new episodes start here")
+        self.vec.set_state(state["vec"])
+        self.sums, self.obs = np.array(state["sums"]), state["obs"].to(self.device)
 
 
 # Networks
 
 
-def mlp(sizes: Sequence[int], output_gain: float, generator: Generator) -> nn.Sequential:
-    """Linear layers with ReLU between; orthogonal weights of gain sqrt(2), `output_gain` at the end; zero biases."""
-    layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        last = i == len(sizes) - 2
-        layer = nn.Linear(fan_in, fan_out)
-        nn.init.orthogonal_(layer.weight, output_gain if last else 2**0.5, generator=generator)
-        nn.init.zeros_(layer.bias)
-        layers += [layer] if last else [layer, nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+class MLP(nn.Module):
+    """Linear layers with ReLU between, all parameters in one vector `theta` [P]; with theta [n, P] it is n networks."""
+
+    def __init__(self, sizes: Sequence[int], output_gain: float, generator: Generator) -> None:
+        """Orthogonal weights of gain sqrt(2), `output_gain` at the end; zero biases."""
+        super().__init__()
+        shapes, gains = list(pairwise(sizes)), [2**0.5] * (len(sizes) - 2) + [output_gain]
+        layers = [[torch.empty(shape), torch.zeros(1, shape[1])] for shape in shapes]
+        for (weight, _), gain in zip(layers, gains, strict=True):
+            nn.init.orthogonal_(weight, gain, generator=generator)
+        self.shapes = [tensor.shape for layer in layers for tensor in layer]
+        self.theta = nn.Parameter(torch.cat([tensor.flatten() for layer in layers for tensor in layer]))
+
+    def layers(self) -> list[Tensor]:
+        """Views of theta: weight [..., fan_in, fan_out] and bias [..., 1, fan_out] of the first layer, the second..."""
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = self.theta[..., : sum(sizes)].split(sizes, dim=-1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs [..., B, fan_in] to outputs [..., B, fan_out]."""
+        *hidden, weight, bias = self.layers()
+        for w, b in zip(hidden[::2], hidden[1::2], strict=True):
+            x = (x @ w).add_(b).relu_()
+        return x @ weight + bias
 
 
-class Actor(nn.Module):
+class Actor(MLP):
     """Deterministic policy."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int], generator: Generator) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, generator: Generator) -> None:
         """Build the network from `obs_dim` inputs to `act_dim` actions."""
-        super().__init__()
-        self.net = mlp((obs_dim, *hidden_sizes, act_dim), 0.01, generator)
+        super().__init__((obs_dim, *args.hidden_sizes, act_dim), 0.01, generator)
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Observations [..., obs_dim] to actions in [-1, 1], [..., act_dim]."""
-        return torch.tanh(self.net(obs))
+        """Observations [..., B, obs_dim] to actions in [-1, 1], [..., B, act_dim]."""
+        return torch.tanh(super().forward(obs))
 
 
-class Critic(nn.Module):
+class Critic(MLP):
     """Q(s, a^1..a^n): the value of the joint action in the full state."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int], generator: Generator) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, generator: Generator) -> None:
         """Build the network for flat observations and actions."""
-        super().__init__()
-        self.net = mlp((obs_dim + act_dim, *hidden_sizes, 1), 1.0, generator)
+        super().__init__((obs_dim + act_dim, *args.hidden_sizes, 1), 1.0, generator)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Flat observations [..., obs_dim] and actions [..., act_dim] to values [...]."""
-        return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
+        return super().forward(torch.cat([obs, actions], dim=-1)).squeeze(-1)
 
 
-class JointPolicy:
-    """All the actors as one: flat observations to flat actions."""
+class Policy(nn.Module):
+    """All the actors at once: `joint` has a row of parameters for each."""
 
-    def __init__(self, actors: Sequence[Actor], partition: envs.Partition) -> None:
-        """Keep the actors, whose updates it follows, and the partition on their device."""
-        self.actors, device = actors, next(actors[0].parameters()).device
-        self.obs_ids = [torch.as_tensor(ids, device=device) for ids in partition.obs_ids]
-        self.act_ids = [torch.as_tensor(ids, device=device) for ids in partition.act_ids]
-        self.order = torch.cat(self.act_ids).argsort()  # from the agents' order to the actuators'
+    def __init__(
+        self, partition: envs.Partition, obs_dim: int, args: Args, generator: Generator, device: torch.device
+    ) -> None:
+        """Build the actors, all for the longest observation and action: a shorter observation is padded with zeros."""
+        super().__init__()
+        self.act_ids = [ids.tolist() for ids in partition.act_ids]
+        num_agents, act_dims = partition.num_agents, [len(ids) for ids in self.act_ids]
+        obs_ids = np.full((num_agents, max(map(len, partition.obs_ids))), obs_dim)  # `observe` puts a 0 there
+        action_ids, agent_of = np.zeros((2, sum(act_dims)), dtype=int)
+        for i, ids in enumerate(partition.obs_ids):
+            obs_ids[i, : len(ids)] = ids
+            action_ids[partition.act_ids[i]] = i * max(act_dims) + np.arange(act_dims[i])
+            agent_of[partition.act_ids[i]] = i
+        self.register_buffer("obs_ids", torch.as_tensor(obs_ids))
+        self.register_buffer("action_ids", torch.as_tensor(action_ids))
+        self.register_buffer("drives", torch.as_tensor(agent_of == np.arange(num_agents)[:, None]))
+        self.joint, *actors = (Actor(obs_ids.shape[1], max(act_dims), args, generator) for _ in range(1 + num_agents))
+        self.joint.theta = nn.Parameter(torch.stack([actor.theta.data for actor in actors]))
+        self.to(device)
 
-    @torch.no_grad()
-    def mean(self, obs: Tensor) -> Tensor:
-        """Flat observations [..., obs_dim] to the flat action [..., act_dim]."""
-        actions = [actor(obs[..., ids]) for actor, ids in zip(self.actors, self.obs_ids, strict=True)]
-        return torch.cat(actions, dim=-1)[..., self.order]
+    def forward(self, obs: Tensor) -> Tensor:
+        """Flat observations [B, obs_dim] to flat actions [B, act_dim]."""
+        own = torch.cat([obs, torch.zeros_like(obs[..., :1])], dim=-1)[..., self.obs_ids].movedim(-2, 0)
+        return self.joint(own).movedim(0, -2).flatten(-2)[..., self.action_ids]
+
+    act = torch.no_grad()(forward)
+
+    def export(self) -> dict[str, Any]:
+        """The policy as plain tensors and lists: agent i's network on obs[obs_ids[i]] gives actions[act_ids[i]]."""
+        agents = [[tensor.detach()[i].cpu() for tensor in self.joint.layers()] for i in range(len(self.act_ids))]
+        return {"agents": agents, "obs_ids": self.obs_ids.tolist(), "act_ids": self.act_ids, "tanh": True}
 
 
 # Replay buffer
@@ -297,10 +292,10 @@ class ReplayBuffer:
             next_obs: where they lead, the true last observation if the episode ended.
             discounts: what the value of that counts, gamma^steps, and 0 after a termination.
         """
-        kwargs = {"generator": generator, "device": generator.device}
-        start = torch.randint(self.size, (batch_size, 1), **kwargs)  # 0 is the oldest step
-        env = torch.randint(self.num_envs, (batch_size, 1), **kwargs)
-        window = start + torch.arange(n_step, device=generator.device)
+        device = self.data["obs"].device
+        start = torch.randint(self.size, (batch_size, 1), generator=generator).to(device)  # 0 is the oldest step
+        env = torch.randint(self.num_envs, (batch_size, 1), generator=generator).to(device)
+        window = start + torch.arange(n_step, device=device)
         stored = window < self.size  # a window ends at the newest step, not at the oldest one behind it
         at = (self.position - self.size + window) % self.capacity
         rewards, terminations, truncations = (self.data[key][at, env] for key in list(self.data)[3:])
@@ -311,17 +306,14 @@ class ReplayBuffer:
         return obs, actions, returns, self.data["next_obs"][last, env], discounts
 
     def state_dict(self) -> dict[str, Any]:
-        """What is stored, without the empty part."""
-        data = {name: value[: self.size] for name, value in self.data.items()}
-        if self.size < self.capacity:  # a view would be saved with all it is a view of
-            data = {name: value.clone() for name, value in data.items()}
-        return data | {"position": self.position, "size": self.size}
+        """What is stored, without a copy."""
+        return self.data | {"position": self.position, "size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what was stored in a buffer of the same capacity."""
         self.position, self.size = state["position"], state["size"]
         for name, value in self.data.items():
-            value[: self.size] = state[name]
+            value.copy_(state[name])
 
 
 # The algorithm
@@ -346,9 +338,9 @@ def n_step_returns(rewards: Tensor, ends: Tensor, stored: Tensor, gamma: float) 
 
 
 @torch.no_grad()
-def critic_targets(policy: JointPolicy, critic: Critic, returns: Tensor, next_obs: Tensor, discounts: Tensor) -> Tensor:
+def critic_targets(policy: Policy, critic: Critic, returns: Tensor, next_obs: Tensor, discounts: Tensor) -> Tensor:
     """y = R + discount * Q'(s', mu'^1(o'^1)..mu'^n(o'^n)) with the target networks (Lowe et al., eq. 6), [B]."""
-    return returns + discounts * critic(next_obs, policy.mean(next_obs))
+    return returns + discounts * critic(next_obs, policy(next_obs))
 
 
 def critic_update(critic: Critic, optimizer: Adam, obs: Tensor, actions: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -362,21 +354,16 @@ def critic_update(critic: Critic, optimizer: Adam, obs: Tensor, actions: Tensor,
 
 
 def actor_update(
-    policy: JointPolicy, optimizer: Adam, critic: Critic, obs: Tensor, actions: Tensor
+    policy: Policy, optimizer: Adam, critic: Critic, obs: Tensor, actions: Tensor
 ) -> list[dict[str, Tensor]]:
     """Take one step of every actor up Q(s, a^1.., mu^i(o^i), ..a^n) (Lowe et al., eq. 5); return what is logged.
 
     The other agents' actions are those of the buffer [B, act_dim]. So no two terms have an actor in common, and the
     gradient of their sum is each actor's own. The critic only passes it on.
     """
-    joint_actions = []
-    for actor, obs_ids, act_ids in zip(policy.actors, policy.obs_ids, policy.act_ids, strict=True):
-        joint_actions.append(actions.clone())
-        joint_actions[-1][:, act_ids] = actor(obs[:, obs_ids])
-    losses = -critic(obs.expand(len(joint_actions), -1, -1), torch.stack(joint_actions)).mean(1)  # one per agent
-    params = [param for actor in policy.actors for param in actor.parameters()]
-    for param, gradient in zip(params, torch.autograd.grad(losses.sum(), params), strict=True):
-        param.grad = gradient
+    joint_actions = torch.where(policy.drives[:, None], policy(obs), actions)  # [num_agents, B, act_dim]
+    losses = -critic(obs.expand(len(joint_actions), -1, -1), joint_actions).mean(1)  # one per agent
+    policy.joint.theta.grad = torch.autograd.grad(losses.sum(), policy.joint.theta)[0]
     optimizer.step()
     return [{"policy_loss": loss} for loss in losses.detach()]
 
@@ -389,272 +376,147 @@ def polyak(targets: Iterable[nn.Module], networks: Iterable[nn.Module], tau: flo
             target_param.lerp_(param, tau)
 
 
-# Main
-
-# What a resumed run may do otherwise than before. (Other --num-threads or --cuda: other last bits.)
-MAY_CHANGE = {
-    *("total_timesteps", "run_dir", "resume", "checkpoint_interval", "eval_interval", "eval_episodes", "eval_only"),
-    *("capture_video", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity"),
-}
+# Run
 
 
-def usage_error(message: object) -> NoReturn:
-    """Say in one line what is wrong with the command, and exit with code 2."""
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Say in one line what is wrong, and exit."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
-def check_args(args: Args, checkpoint: dict[str, Any] | None) -> None:
-    """Exit with a usage error if a value makes no sense, or contradicts the checkpoint to resume from."""
-    sizes = "total_timesteps", "num_envs", "num_steps", "buffer_size", "batch_size", "n_step", "updates_per_step"
-    counts = "seed", "num_threads", "checkpoint_interval", "eval_interval", "eval_episodes", "learning_starts"
-    rules = (
-        ((*sizes, "learning_rate", "critic_learning_rate", "hidden_sizes"), lambda x: np.min(x) > 0, "greater than 0"),
-        ((*counts, "exploration_noise"), lambda x: x >= 0, "0 or greater"),
-        (("gamma", "tau"), lambda x: 0 <= x <= 1, "from 0 to 1"),
-    )
-    for names, holds, words in rules:
-        for name in names:
-            if not np.size(getattr(args, name)) or not holds(getattr(args, name)):
-                usage_error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be {words}")
-    batch_size = args.num_envs * args.num_steps
-    if args.buffer_size < args.num_envs * args.n_step:
-        usage_error(f"--buffer-size {args.buffer_size} is less than --n-step {args.n_step} steps of all environments")
-    if args.total_timesteps < batch_size:
-        usage_error(f"--total-timesteps {args.total_timesteps} is less than one iteration of {batch_size} steps")
-    if args.eval_only and not args.resume:
-        usage_error("--eval-only needs --resume RUN_DIR: there is no model to evaluate")
-    if checkpoint:
-        for name in asdict(args).keys() - MAY_CHANGE:
-            value, before = getattr(args, name), checkpoint["args"][name]
-            if value != before:
-                usage_error(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {before}")
-        step = checkpoint["iteration"] * batch_size
-        if args.total_timesteps < step + batch_size and not args.eval_only:
-            usage_error(f"--total-timesteps {args.total_timesteps}: the run has {step} already, raise it to go on")
-
-
-def parse_args() -> Args:
-    """Read the command line; with --resume, what it leaves out is as in the checkpoint."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume:
-        return args
-    return tyro.cli(Args, description=__doc__, default=Args(**load_checkpoint(args.resume)["args"]))
-
-
-def make_run_dir(args: Args) -> Path:
-    """Create the run's directory; exit with a usage error if it exists or cannot be written."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or Path("runs", re.sub(r"[^\w.-]", "_", name)))
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """Read the command line; with --resume, what it leaves out is as in the checkpoint, which is returned as well."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    if not (run_dir := parser.parse_known_args()[0].resume):
+        return tyro.cli(Args, description=__doc__), None
     try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        usage_error(f"--run-dir {run_dir} exists already: choose another, or --resume it; nothing in it was touched")
-    except OSError as e:
-        usage_error(f"--run-dir {run_dir} cannot be made: {e.strerror}")
-    return run_dir
+        checkpoint = torch.load(Path(run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        script, saved = checkpoint["script"], checkpoint["args"]
+    except Exception as e:  # torch.load raises whatever the bytes lead it to
+        fail(f"--resume {run_dir}: no checkpoint can be read there ({type(e).__name__})")
+    if script != Path(__file__).stem:
+        fail(f"--resume {run_dir}: {script}.py made it, use that")
+    saved = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}
+    default = Args(**saved | {"run_dir": run_dir, "resume": run_dir})
+    return tyro.cli(Args, description=__doc__, default=default), checkpoint
 
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all: a kill or a full disk leaves what was there before."""
-    with open(path.with_suffix(".tmp"), "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
+    torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
-def load_checkpoint(resume: str) -> dict[str, Any]:
-    """Read a checkpoint, of a run directory the newest; exit with a usage error if it is none of this script's.
-
-    Nothing in the file is executed (weights_only).
-    """
-    path = Path(resume)
-    files = sorted(path.glob("checkpoint_*.pt")) if path.is_dir() else [path]
-    if not files:
-        usage_error(f"--resume {path}: there is no checkpoint in it")
-    try:
-        checkpoint = torch.load(files[-1], map_location="cpu", weights_only=True)
-        if checkpoint["script"] != Path(__file__).stem or checkpoint["args"].keys() != asdict(Args()).keys():
-            raise ValueError
-    except Exception:  # torch.load raises whatever the bytes lead it to
-        hint = f"; the one before it is --resume {files[-2]}" if len(files) > 1 else ""
-        usage_error(f"--resume {files[-1]} is torn, missing, or no checkpoint of {Path(__file__).name}{hint}")
-    return checkpoint
-
-
-def describe_run(args: Args) -> dict[str, Any]:
-    """What it takes to repeat a run: command, arguments, commit, versions, machine."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    packages = "torch", "numpy", "mujoco", "gymnasium"
-    return {
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "args": asdict(args),
-        "commit": commit,
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-    }
-
-
-def evaluate(env: NormalizedEnv, policy: JointPolicy, seed: int, film: Film | None = None) -> dict[str, float]:
-    """Play one episode with the means of the policy in each environment; return what is logged.
-
-    The start states are the same every time. The training does not notice: its generators and statistics stay.
-    """
-    start, episodes, unfinished = time.time(), [], np.ones(env.vec.num_envs, dtype=bool)
-    obs = env.reset(seed + 1_000_000)  # far from the training's seeds
-    while unfinished.any():
-        if film and unfinished[0]:
-            film.capture()
-        obs, *_, infos = env.step(policy.mean(obs))
-        if "_episode" in infos:
-            done, episode = infos["_episode"] & unfinished, infos["episode"]
-            episodes += zip(episode["r"][done].tolist(), episode["l"][done].tolist(), strict=True)
-            unfinished &= ~done  # the first episode of each counts: short ones must not crowd out long ones
-    returns, lengths = np.transpose(episodes)
+def evaluate(vec: gym.vector.VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
+    """Play one episode without noise in each environment of `vec`, from the same start states every time."""
+    obs, _ = vec.reset(seed=seed + 1_000_000)  # far from the training's seeds
+    returns, lengths, running = np.zeros(vec.num_envs), np.zeros(vec.num_envs), np.ones(vec.num_envs, dtype=bool)
+    while running.any():
+        obs, rewards, terminations, truncations, _ = vec.step(env.scale(policy.act(env.normalize(obs))))
+        returns, lengths = returns + running * rewards, lengths + running
+        running &= ~(terminations | truncations)
     stats = {"": returns.mean(), "_std": returns.std(), "_min": returns.min(), "_max": returns.max()}
-    log = {f"eval/episodic_return{suffix}": float(value) for suffix, value in stats.items()}
-    return log | {"eval/episodic_length": float(lengths.mean()), "eval/seconds": time.time() - start}
+    return {f"eval/episodic_return{key}": x for key, x in stats.items()} | {"eval/episodic_length": lengths.mean()}
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on the device."""
+    """Bytes of memory that are free on the device; on the CPU, of the machine (Linux) and of the container (cgroup)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")  # Linux; elsewhere all of the memory
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    free = [2**63]
     if meminfo.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]))
+    if (limit := group / "memory.max").exists() and limit.read_text().strip() != "max":
+        free.append(int(limit.read_text()) - int((group / "memory.current").read_text()))
+    return min(free)
 
 
-def main(args: Args) -> None:
+def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
     """Train."""
     # Setup
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    check_args(args, checkpoint)
-    use_cuda = args.cuda and torch.cuda.is_available()
-    if args.cuda and not use_cuda:
-        print("--cuda: PyTorch finds no GPU, training on the CPU", file=sys.stderr)
-    device = torch.device("cuda" if use_cuda else "cpu")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA need it
-    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.use_deterministic_algorithms(True)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    generator = Generator(device).manual_seed(args.seed)
+    generator = Generator().manual_seed(args.seed)  # on the CPU: every device gets the same draws
     try:
         sizes = args.num_envs, max(1, args.eval_episodes)
         vec, eval_vec = (envs.make_vec(args.env_id, n, args.agent_obsk, args.num_threads) for n in sizes)
+        env = NormalizedEnv(vec, device)
     except ValueError as e:
-        usage_error(e)
-    # What is in the buffer outlives the statistics: `env` leaves it raw, and what is drawn is normalised by the newest.
-    env, eval_env = NormalizedEnv(vec, args.gamma, device, float("inf")), NormalizedEnv(eval_vec, args.gamma, device)
-    env.training = eval_env.training = False
-    obs_rms, normalize_obs = eval_env.obs_rms, eval_env.normalize_obs
+        fail(e)
     partition, num_agents = vec.partition, vec.partition.num_agents
     obs_dim, act_dim = vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
-
-    init_generator = Generator().manual_seed(args.seed)  # on the CPU: the same networks on every device
-    sizes = [(len(o), len(a)) for o, a in zip(partition.obs_ids, partition.act_ids, strict=True)]
-    actors = [Actor(*size, args.hidden_sizes, init_generator).to(device) for size in sizes]
-    critic = Critic(obs_dim, act_dim, args.hidden_sizes, init_generator).to(device)
-    target_actors, target_critic = copy.deepcopy(actors), copy.deepcopy(critic)
-    policy, target_policy = JointPolicy(actors, partition), JointPolicy(target_actors, partition)
-    actor_params = [param for actor in actors for param in actor.parameters()]
-    actor_optimizer = Adam(actor_params, lr=args.learning_rate, fused=True)
+    policy = Policy(partition, obs_dim, args, generator, device)
+    critic = Critic(obs_dim, act_dim, args, generator).to(device)
+    target_policy, target_critic = copy.deepcopy(policy), copy.deepcopy(critic)
+    actor_optimizer = Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     critic_optimizer = Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
-    networks = {f"agent_{i}": actor for i, actor in enumerate(actors)} | {"critic": critic}
-    saved = networks | {f"target_agent_{i}": actor for i, actor in enumerate(target_actors)}
-    saved |= {"target_critic": target_critic, "env": env, "obs_rms": obs_rms}
-    saved |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    saved = {"env": env, "policy": policy, "critic": critic, "target_policy": target_policy}
+    saved |= {"target_critic": target_critic, "actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
 
     # Storage
-    if not args.eval_only:
-        bytes_per_step = 4 * (2 * obs_dim + act_dim + 3)
-        needed, available = args.buffer_size * bytes_per_step, available_memory(device)
-        mib = f"{needed / 2**20:.0f} MiB"
-        if needed > available:
-            fits = int(0.5 * available / bytes_per_step)
-            usage_error(f"the replay buffer needs {mib}, {available / 2**20:.0f} are free: --buffer-size {fits}")
-        print(f"replay buffer: {mib} for {args.buffer_size} transitions", flush=True)
-        buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, act_dim, device)
-        saved |= {"buffer": buffer}
+    bytes_per_step = 4 * (2 * obs_dim + act_dim + 3)
+    needed, available = args.buffer_size * bytes_per_step, available_memory(device)
+    if needed > available:
+        fits = f"--buffer-size {available // 2 // bytes_per_step}"
+        fail(f"the replay buffer needs {needed / 2**20:.0f} MiB, {available / 2**20:.0f} are free: {fits}")
+    print(f"replay buffer: {needed / 2**20:.0f} MiB for {args.buffer_size} transitions", flush=True)
+    buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, act_dim, device)
+    saved |= {"buffer": buffer}
 
     # Resume
-    obs, start_iteration, start_time, run_id = env.reset(args.seed), 0, time.time(), f"{time.time_ns():x}"
-    last_returns: deque[float] = deque(maxlen=20)
+    obs, start_step, run_dir = env.reset(args.seed), 0, Path(args.run_dir)
     if checkpoint:
-        for name, part in saved.items():
-            part.load_state_dict(checkpoint.pop(name))  # and let go of it: the buffer is large
+        try:
+            for name, part in saved.items():
+                part.load_state_dict(checkpoint.pop(name))  # and let go of it: the buffer is large
+        except (KeyError, RuntimeError, ValueError) as e:
+            fail(f"--resume {args.resume}: robot, agents, networks, buffer and num_envs must stay ({type(e).__name__})")
         generator.set_state(checkpoint["generator"])
-        obs, start_iteration, run_id = checkpoint["obs"].to(device), checkpoint["iteration"], checkpoint["run_id"]
-        start_time -= checkpoint["seconds"]
-        last_returns.extend(checkpoint["last_returns"])
+        obs, start_step = env.obs, checkpoint["step"]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
+        lock = FileLock(run_dir / "lock")  # goes with the process
+        lock.acquire(blocking=False)
+    except OSError as e:
+        fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
 
     # Log
+    print(f"{run_dir}: from step {start_step} to {args.total_timesteps} on the {device.type}", flush=True)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+    # What was logged after the checkpoint will be logged again: purge_step makes readers forget the first time.
+    writer = SummaryWriter(str(run_dir), purge_step=start_step + 1 if checkpoint else None)
+    writer.add_text("args", "\n".join(f"- {key}: {value}" for key, value in asdict(args).items()), start_step)
+    bar = tqdm(total=args.total_timesteps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+    start_time = time.time()
     batch_size = args.num_envs * args.num_steps
-    start_step, num_iterations = start_iteration * batch_size, args.total_timesteps // batch_size
-    if args.eval_only:
-        num_iterations = start_iteration
-    if args.track and importlib.util.find_spec("wandb") is None:
-        usage_error("--track needs Weights & Biases: pip install wandb")
-    try:
-        film = Film(eval_vec) if args.capture_video else None
-    except RuntimeError as e:
-        usage_error(f"--capture-video: {e}")
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    run_dir = run_dir.parent if run_dir.is_file() else run_dir
-    if not args.eval_only:
-        description = describe_run(args)
-        with open(run_dir / "run.jsonl", "a") as f:  # a line per start
-            f.write(json.dumps(description) + "\n")
-        if args.track:
-            import wandb
 
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb_args = {"id": run_id, "resume": "allow", "name": run_dir.name, "config": description}
-            wandb.init(project=project, entity=entity, sync_tensorboard=True, **wandb_args)
-        # What was logged after the checkpoint will be logged again: purge_step makes readers forget the first time.
-        writer = SummaryWriter(str(run_dir), purge_step=start_step + 1 if checkpoint else None)
-        writer.add_text("args", "\n".join(f"- {key}: {value}" for key, value in asdict(args).items()), start_step)
-    signals: list[int] = []
-
-    def finish_iteration(number: int, _: object) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-
-    signal.signal(signal.SIGINT, finish_iteration)
-    signal.signal(signal.SIGTERM, finish_iteration)
-    total = num_iterations * batch_size
-    bar = tqdm(total=total, initial=start_step, unit="step", disable=args.eval_only or not sys.stderr.isatty())
-
-    for iteration in range(start_iteration + 1, num_iterations + 1):
-        global_step = iteration * batch_size
+    for global_step in range(start_step + batch_size, args.total_timesteps + 1, batch_size):
+        last = global_step + batch_size > args.total_timesteps
         log: dict[str, float] = {}
 
         # Rollout, with updates between the steps
-        episodes: list[tuple[float, int]] = []
         critic_stats: dict[str, Tensor] = {}
-        stats: list[dict[str, Tensor]] = [{} for _ in actors]
+        stats: list[dict[str, Tensor]] = [{} for _ in range(num_agents)]
         for step in range(global_step - batch_size, global_step, args.num_envs):
-            obs_rms.update(obs.double())
             shape = args.num_envs, act_dim
             if step < args.learning_starts:
-                actions = 2 * torch.rand(shape, generator=generator, device=device) - 1
+                actions = 2 * torch.rand(shape, generator=generator).to(device) - 1
             else:
-                noise = torch.randn(shape, generator=generator, device=device)
-                actions = (policy.mean(normalize_obs(obs)) + args.exploration_noise * noise).clamp(-1, 1)
+                noise = torch.randn(shape, generator=generator).to(device)
+                actions = (policy.act(env.normalize(obs)) + args.exploration_noise * noise).clamp(-1, 1)
             last_obs = obs
-            obs, next_obs, rewards, terminations, truncations, infos = env.step(actions)
+            obs, next_obs, rewards, terminations, truncations = env.step(actions)
             transition = {"obs": last_obs, "next_obs": next_obs, "actions": actions, "rewards": rewards}
             buffer.add(**transition, terminations=terminations, truncations=truncations)
-            if "_episode" in infos:
-                done, episode = infos["_episode"], infos["episode"]
-                episodes += zip(episode["r"][done].tolist(), episode["l"][done].tolist(), strict=True)
 
             # Updates: as many as are due
             before, after = (s - args.learning_starts for s in (step, step + args.num_envs))
@@ -662,82 +524,50 @@ def main(args: Args) -> None:
             for _ in range(due):
                 sample = buffer.sample(args.batch_size, args.n_step, args.gamma, generator)
                 b_obs, b_actions, b_returns, b_next_obs, b_discounts = sample
-                b_obs, b_next_obs = normalize_obs(b_obs), normalize_obs(b_next_obs)
+                b_obs, b_next_obs = env.normalize(b_obs), env.normalize(b_next_obs)
                 targets = critic_targets(target_policy, target_critic, b_returns, b_next_obs, b_discounts)
                 critic_stats = critic_update(critic, critic_optimizer, b_obs, b_actions, targets)
                 stats = actor_update(policy, actor_optimizer, critic, b_obs, b_actions)
-                polyak([*target_actors, target_critic], [*actors, critic], args.tau)
-
-        # Evaluation
-        last = iteration == num_iterations
-        interval = args.eval_interval or args.total_timesteps
-        if args.eval_episodes and (last or global_step % interval < batch_size):
-            log |= evaluate(eval_env, policy, args.seed)
-            start_time += log["eval/seconds"]  # SPS is the speed of training
+                polyak([target_policy, target_critic], [policy, critic], args.tau)
 
         # Logging
         log |= {f"losses/{key}": value.item() for key, value in critic_stats.items()}
-        log["charts/SPS"] = global_step / (time.time() - start_time)
+        log["losses/parameter_norm"] = (policy.joint.theta.norm() + critic.theta.norm()).item()
         log |= {f"agent_{i}/{key}": value.item() for i in range(num_agents) for key, value in stats[i].items()}
-        if episodes:
-            log["charts/episodic_return"], log["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
-            last_returns.extend(episode_return for episode_return, _ in episodes)
-        if num_diverged := getattr(vec.unwrapped, "num_diverged", 0):  # rare: shown once there is one
-            log["charts/num_diverged"] = num_diverged
-        # All in one event: `add_scalar` for each takes 15 times as long.
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in log.items()]
-        writer.file_writer.add_summary(Summary(value=values), global_step)
-        shown = f"episodic_return {np.mean(last_returns) if last_returns else np.nan:.1f}"
-        shown += f" diverged simulations {num_diverged}" if num_diverged else ""
-        bar.set_postfix_str(shown, refresh=False)
+        log["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        log["charts/num_diverged"] = getattr(vec, "num_diverged", 0)
+        if env.episodes:
+            log["charts/episodic_return"], log["charts/episodic_length"] = np.mean(env.episodes, axis=0)
+            bar.set_postfix_str(f"episodic_return {log['charts/episodic_return']:.1f}", refresh=False)
+            env.episodes.clear()
+        if last or global_step % args.eval_interval < batch_size:
+            log |= evaluate(eval_vec, env, policy, args.seed) if args.eval_episodes else {}
+            shown = "charts/episodic_return", "eval/episodic_return", "charts/SPS"
+            tqdm.write(f"step {global_step} " + " ".join(f"{key} {log[key]:.1f}" for key in shown if key in log))
+            sys.stdout.flush()
+        for key, value in log.items():
+            if not np.isfinite(value):
+                fail(f"{key} is {value} at step {global_step}; {run_dir} has what was saved before", code=1)
+            writer.add_scalar(key, value, global_step)
         bar.update(batch_size)
-        if bar.disable and (iteration % 10 == 0 or last):
-            print(f"step {global_step} {shown} SPS {log['charts/SPS']:.0f}", flush=True)
 
         # Checkpoint
-        finite = {key: np.isfinite(value) for key, value in log.items()}
-        states = {name: net.state_dict() for name, net in networks.items()}
-        finite |= {f"{net}/{key}": p.isfinite().all() for net, params in states.items() for key, p in params.items()}
-        if not all(finite.values()):
-            writer.close()
-            save(states, run_dir / "not_finite.pt")
-            bad = ", ".join(key for key, is_finite in finite.items() if not is_finite)
-            print(f"error: not finite at step {global_step}: {bad}; {run_dir} has all up to there", file=sys.stderr)
-            raise SystemExit(1)
-        stopped = last or signals
-        if stopped or iteration % (args.checkpoint_interval or num_iterations) == 0:
+        # Checkpoint
+        if last or global_step % args.checkpoint_interval < batch_size:
             writer.flush()  # first: a checkpoint never runs ahead of the log
-            state = {name: part.state_dict() for name, part in saved.items()} | {"generator": generator.get_state()}
-            state |= {"obs": obs, "iteration": iteration, "seconds": time.time() - start_time, "run_id": run_id}
-            state |= {"last_returns": list(last_returns), "script": Path(__file__).stem, "args": asdict(args)}
-            save(state, run_dir / f"checkpoint_{global_step:012}.pt")
-            for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
-                old.unlink()
-            ids = {"obs_ids": partition.obs_ids, "act_ids": partition.act_ids}
-            model = states | {key: [i.tolist() for i in value] for key, value in ids.items()}
-            save(model | {"obs_rms": obs_rms.state_dict(), "args": asdict(args)}, run_dir / "model.pt")
-        if stopped:
-            writer.close()
-            bar.close()
-        if signals and not last:
-            print(f"stopped at step {global_step}; to go on: --resume {run_dir}", file=sys.stderr)
-            raise SystemExit(128 + signals[0])
+            state = {name: part.state_dict() for name, part in saved.items()}
+            state |= {"script": Path(__file__).stem, "args": asdict(args), "step": global_step}
+            save(state | {"generator": generator.get_state()}, run_dir / "checkpoint.pt")
+            save(policy.export() | {"obs_rms": state["env"]["rms"][0], "args": asdict(args)}, run_dir / "model.pt")
 
-    if args.eval_only or film:
-        if film:
-            film.open(run_dir / f"video_{num_iterations * batch_size}")
-        result = evaluate(eval_env, policy, args.seed, film)
-        print(" ".join(f"{key} {value:.1f}" for key, value in result.items()))
-        if film:
-            film.close()
-    vec.close()
-    eval_vec.close()
+    print(f"{run_dir} is finished: python evaluate.py {run_dir}")
 
 
 if __name__ == "__main__":
-    threading.excepthook = lambda _: None  # TensorBoard's thread fails quietly: its error is raised again here
+    cli_args, cli_checkpoint = parse_args()
     try:
-        main(parse_args())
-    except OSError as e:  # a full or read-only disk, a deleted directory: what was saved before is whole
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
+        main(cli_args, cli_checkpoint)
+    except KeyboardInterrupt:
+        fail(f"stopped; to go on: --resume {cli_args.run_dir}", code=130)
+    except OSError as e:  # a full or read-only disk, a deleted directory
+        fail(f"{e}; {cli_args.run_dir} has what was saved before", code=1)
