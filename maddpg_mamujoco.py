@@ -12,6 +12,7 @@ import copy
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -388,7 +389,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Read the command line; with --resume, what it leaves out is as in the checkpoint, which is returned as well."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume", default="")
     if not (run_dir := parser.parse_known_args()[0].resume):
         return tyro.cli(Args, description=__doc__), None
     try:
@@ -405,7 +406,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all: a kill or a full disk leaves what was there before."""
-    torch.save(state, path.with_suffix(".tmp"))
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
     path.with_suffix(".tmp").replace(path)
 
 
@@ -479,6 +481,8 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
             fail(f"--resume {args.resume}: robot, agents, networks, buffer and num_envs must stay ({type(e).__name__})")
         generator.set_state(checkpoint["generator"])
         obs, start_step = env.obs, checkpoint["step"]
+        if args.total_timesteps < start_step + args.num_envs * args.num_steps:
+            fail(f"--total-timesteps {args.total_timesteps}: the run has {start_step} already, raise it to go on")
     try:
         run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
         lock = FileLock(run_dir / "lock")  # goes with the process
@@ -560,10 +564,13 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
             save(state | {"generator": generator.get_state()}, run_dir / "checkpoint.pt")
             save(policy.export() | {"obs_rms": state["env"]["rms"][0], "args": asdict(args)}, run_dir / "model.pt")
 
+    writer.close()
+    bar.close()
     print(f"{run_dir} is finished: python evaluate.py {run_dir}")
 
 
 if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread fails quietly: `flush` raises its error again
     cli_args, cli_checkpoint = parse_args()
     try:
         main(cli_args, cli_checkpoint)

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -348,7 +349,7 @@ def mappo_update(
     advantages: Tensor,
     args: Args,
     generator: Generator,
-) -> list[dict[str, Tensor]]:
+) -> dict[int, dict[str, Tensor]]:
     """Update all the actors at the same time, each on its own clipped objective with M = A.
 
     Args:
@@ -360,15 +361,16 @@ def mappo_update(
         generator: source of all that is random here.
 
     Returns:
-        For each agent what is logged: of the whole batch, after its update.
+        What is logged of each agent: of the whole batch, after its update.
     """
-    stats: list[dict[str, Tensor]] = [{} for _ in actors]
+    stats: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():  # of all before any changes: with shared parameters all would
         logprobs = [actor.log_prob(actor(o), a) for actor, o, a in zip(actors, obs, actions, strict=True)]
+    M = advantages
     for _ in range(args.update_epochs):
         for mb in minibatches(len(advantages), args.num_minibatches, generator):
             for i in range(len(actors)):
-                batch = obs[i][mb], actions[i][mb], logprobs[i][mb], advantages[mb]
+                batch = obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb]
                 loss, _, _ = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
                 loss.backward()
             for optimizer in dict.fromkeys(optimizers):  # each once: with shared parameters the gradients add up
@@ -377,7 +379,7 @@ def mappo_update(
                 optimizer.zero_grad()
     with torch.no_grad():
         for i in range(len(actors)):
-            batch = obs[i], actions[i], logprobs[i], advantages
+            batch = obs[i], actions[i], logprobs[i], M
             _, _, stats[i] = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
     return stats
 
@@ -409,7 +411,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """Read the command line; with --resume, what it leaves out is as in the checkpoint, which is returned as well."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume", default="")
     if not (run_dir := parser.parse_known_args()[0].resume):
         return tyro.cli(Args, description=__doc__), None
     try:
@@ -426,7 +428,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all: a kill or a full disk leaves what was there before."""
-    torch.save(state, path.with_suffix(".tmp"))
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
     path.with_suffix(".tmp").replace(path)
 
 
@@ -456,7 +459,7 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
         env = NormalizedEnv(vec, args.gamma, device)
     except ValueError as e:
         fail(e)
-    partition, num_agents = vec.partition, vec.partition.num_agents
+    partition = vec.partition
     obs_dim, act_dim = vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
     policy = Policy(partition, obs_dim, args, generator, device)
     actors = policy.actors
@@ -469,7 +472,7 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
     # Actor optimizers
     optimizers = [Adam(actor.parameters(), lr=args.learning_rate, eps=1e-5, fused=True) for actor in actors]
     if args.share_param:
-        optimizers = [optimizers[0]] * num_agents
+        optimizers = [optimizers[0]] * len(actors)
     saved |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
 
     # Storage
@@ -488,6 +491,8 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
             fail(f"--resume {args.resume}: robot, agents, networks and num_envs must stay ({type(e).__name__})")
         generator.set_state(checkpoint["generator"])
         obs, start_step = env.obs, checkpoint["step"]
+        if args.total_timesteps < start_step + args.num_envs * args.num_steps:
+            fail(f"--total-timesteps {args.total_timesteps}: the run has {start_step} already, raise it to go on")
     try:
         run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
         lock = FileLock(run_dir / "lock")  # goes with the process
@@ -535,16 +540,17 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = log["charts/learning_rate"] = lr_scale * args.learning_rate
         stats = mappo_update(actors, optimizers, agents_obs, agents_actions, b_advantages, args, generator)
+        log |= {f"agent_{i}/{key}": value.item() for i, agent in stats.items() for key, value in agent.items()}
 
         # Critic update
-        critic_optimizer.param_groups[0]["lr"] = lr_scale * args.critic_learning_rate
+        log["charts/critic_learning_rate"] = lr_scale * args.critic_learning_rate
+        critic_optimizer.param_groups[0]["lr"] = log["charts/critic_learning_rate"]
         value_loss = critic_update(critic, critic_optimizer, b_obs, b_returns, args, generator)
 
         # Logging
         torch.set_num_threads(1)
         log["losses/value_loss"] = value_loss.item()
         log["losses/explained_variance"] = (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item()
-        log |= {f"agent_{i}/{key}": value.item() for i in range(num_agents) for key, value in stats[i].items()}
         log["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         log["charts/num_diverged"] = getattr(vec, "num_diverged", 0)
         if env.episodes:
@@ -571,10 +577,13 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
             save(state | {"generator": generator.get_state()}, run_dir / "checkpoint.pt")
             save(policy.export() | {"obs_rms": state["env"]["rms"][0], "args": asdict(args)}, run_dir / "model.pt")
 
+    writer.close()
+    bar.close()
     print(f"{run_dir} is finished: python evaluate.py {run_dir}")
 
 
 if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread fails quietly: `flush` raises its error again
     cli_args, cli_checkpoint = parse_args()
     try:
         main(cli_args, cli_checkpoint)

@@ -212,7 +212,7 @@ def dense_tendons(monkeypatch):
 @functools.cache
 def physics(robot: str) -> tuple[mujoco.MjModel, list[tuple[str, int]]]:
     """A robot's model and the entries of its observation."""
-    task = envs.make_vec(robot, 1, num_threads=1, partition=SMALL.get(robot) or f"1x{NUM_ACTUATORS[robot]}").env
+    task = envs.make_vec(robot, 1, num_threads=1, partition=SMALL.get(robot) or f"1x{NUM_ACTUATORS[robot]}")
     return task.env.model, task.obs_entries
 
 
@@ -277,7 +277,7 @@ def observed_by_mamujoco(multi: mamujoco_v1.parallel_env) -> list[tuple[set[int]
 def assert_differs_as_listed(multi: mamujoco_v1.parallel_env, robot: str, partition: str, k: int) -> None:
     """The same actuators per agent, and observations that differ by exactly what `DEVIATIONS` lists."""
     vec = envs.make_vec(f"{robot}-{partition}", 1, agent_obsk=k, num_threads=1)
-    labels = [label(vec.env.env.model, entry, i) for i, entry in enumerate(vec.env.obs_entries)]
+    labels = [label(vec.env.model, entry, i) for i, entry in enumerate(vec.obs_entries)]
     ours = {frozenset(ids.tolist()): i for i, ids in enumerate(vec.partition.act_ids)}
     theirs = [frozenset(node.act_ids for node in part) for part in multi.agent_action_partitions]
     assert set(ours) == set(theirs)

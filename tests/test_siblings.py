@@ -1,4 +1,4 @@
-"""The on-policy scripts are one text but for the algorithm."""
+"""The scripts are one text but for the algorithm, and short."""
 
 import difflib
 import re
@@ -8,23 +8,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAIRS = [("mappo", "happo"), ("happo", "hatrpo"), ("mappo", "ippo")]
+PAIRS = [("mappo", "happo", 50), ("happo", "hatrpo", 200), ("mappo", "ippo", 55)]  # and the most changed lines
+# The lines of a script: what a reader has to read in one sitting. 5% more fail.
+LINES = {"mappo": 590, "happo": 595, "ippo": 600, "hatrpo": 675, "maddpg": 580}
+MAIN_LINES = 145
 
 # Where the scripts may differ: from the line that matches the first pattern up to the line that matches the second.
 ALGORITHM = (
     (r'^"""', r"^import "),  # module docstring
-    (r"^(from|import) ", r"^import envs$"),  # an algorithm may import what only it needs
-    (r"^class Args", r"^# Running normalisation$"),
-    (r"^# The algorithm$", r"^def compute_gae"),
+    (r"^from collections.abc", r"^from dataclasses"),  # an algorithm may import what only it needs
+    (r"^    # Algorithm$", r"^# Environment$"),
+    (r"^    def kl", r"^class Policy"),
     (r"^def minibatches", r"^def critic_update"),
     (r"^    # Actor optimizers$", r"^    # Storage$"),
-    (r"^        # Actor update$", r"^        # Critic update$"),
+    (r"^        for optimizer in optimizers", r"^        # Critic update$"),
+    (r"^        stats, M = hatrpo_update", r"^        # Critic update$"),
 )
 # IPPO's critics are part of its algorithm.
 CRITICS = (
     (r"^    # Critic$", r"^    # Actor optimizers$"),
     (r"^        # Advantages$", r"^        agents_actions"),
-    (r"^        # Critic update$", r"^        # Evaluation$"),
+    (r"^        # Critic update$", r"^        # Logging$"),
 )
 
 
@@ -39,13 +43,13 @@ def shared_text(path: Path, sections: Sequence[tuple[str, str]]) -> list[str]:
                 until = section[1]
                 sections.remove(section)
                 break
-        if until is None:
+        if until is None and line.strip() not in {"", "@staticmethod"}:
             shared.append(line)
     assert until is None
     return shared
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize(("first", "second"), [pair[:2] for pair in PAIRS])
 def test_scripts_differ_only_in_the_algorithm(first: str, second: str):
     """Outside docstring, Args, the algorithm's functions and the actor update, siblings are the same to the letter."""
     paths = [ROOT / f"{name}_mamujoco.py" for name in (first, second)]
@@ -53,7 +57,7 @@ def test_scripts_differ_only_in_the_algorithm(first: str, second: str):
     texts = [shared_text(path, sections) for path in paths]
     hunk = "\n".join(difflib.unified_diff(*texts, *(path.name for path in paths), lineterm="", n=1))
     assert not hunk, f"not the algorithm, but different:\n{hunk}"
-    assert len(texts[0]) > 300  # the comparison has not shrunk to nothing
+    assert len(texts[0]) > 250  # the comparison has not shrunk to nothing
 
 
 def functions(path: Path) -> dict[str, str]:
@@ -62,19 +66,34 @@ def functions(path: Path) -> dict[str, str]:
     return {re.search(r"(?:def|class) (\w+)", block)[1]: block.split("\n\n\n# ")[0].rstrip() for block in blocks[1:]}
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize(("first", "second"), [pair[:2] for pair in PAIRS])
 def test_functions_of_one_name_are_one_text(first: str, second: str):
     """A function that two scripts have is the same in both, even inside the algorithm's section."""
     a, b = (functions(ROOT / f"{name}_mamujoco.py") for name in (first, second))
-    common = (a.keys() & b.keys()) - {"Args", "main"}
-    assert {"compute_gae", "minibatches", "critic_update", "NormalizedEnv", "JointPolicy"} <= common
+    common = (a.keys() & b.keys()) - {"Args", "main"} - ({"Actor"} if second == "hatrpo" else set())  # it has `kl`
+    assert {"compute_gae", "minibatches", "critic_update", "NormalizedEnv", "MLP", "Policy", "evaluate"} <= common
     for name in common:
         assert a[name] == b[name], f"{name} differs between {first} and {second}"
 
 
-def test_diffs_stay_small():
+def test_maddpg_has_the_others_plumbing():
+    """What MADDPG has in common with the on-policy scripts is the same text there."""
+    a, b = (functions(ROOT / f"{name}_mamujoco.py") for name in ("mappo", "maddpg"))
+    for name in ("MLP", "fail", "parse_args", "save", "evaluate"):
+        assert a[name] == b[name], name
+
+
+@pytest.mark.parametrize(("first", "second", "most"), PAIRS)
+def test_diffs_stay_small(first: str, second: str, most: int):
     """`diff` of two siblings is short enough to be read as the algorithm."""
-    for first, second, most in (("mappo", "happo", 60), ("happo", "hatrpo", 210), ("mappo", "ippo", 70)):
-        a, b = ((ROOT / f"{name}_mamujoco.py").read_text().splitlines() for name in (first, second))
-        changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
-        assert len(changed) <= most, f"{first} -> {second}: {len(changed)} changed lines"
+    a, b = ((ROOT / f"{name}_mamujoco.py").read_text().splitlines() for name in (first, second))
+    changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
+    assert len(changed) <= most, f"{first} -> {second}: {len(changed)} changed lines"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*_mamujoco.py")), ids=lambda path: path.stem)
+def test_scripts_stay_short(path: Path):
+    """A script that outgrows its length by 5% must first lose something."""
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 1.05 * LINES[path.stem.split("_")[0]]
+    assert len(functions(path)["main"].split('if __name__ == "__main__"')[0].splitlines()) <= 1.05 * MAIN_LINES

@@ -1,0 +1,241 @@
+"""What to do with a finished model: play it without noise for a score, and film it.
+
+    python evaluate.py runs/RUN_DIR --episodes 100
+    python evaluate.py model.pt --video ant
+
+It imports no training script: a model is plain tensors. For the seed and the episodes of a script's evaluation
+(`--seed 1 --episodes 10` by default there) the score is that of its last one.
+"""
+
+import colorsys
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import imageio
+import mujoco
+import numpy as np
+import torch
+import tyro
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from gymnasium.vector import VectorEnv
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import envs
+from envs.partition import actuated_joints
+from envs.tasks import MujocoVectorEnv
+
+GL_BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
+SIZE, GIF_SIZE, GIF_FPS, GIF_FRAMES = 480, 240, 20, 60  # pixels of mp4 and GIF; the GIF is small, for a README
+
+
+@dataclass
+class Args:
+    """Command line."""
+
+    path: tyro.conf.Positional[Path]  # a run's directory, or the model.pt in it
+    episodes: int = 40  # how many to play, all at the same time
+    seed: int = 0  # of the start states
+    video: str = ""  # film one of the episodes: VIDEO.mp4, and its first seconds as VIDEO.gif (needs EGL or OSMesa)
+    num_threads: int = 0  # CPU threads for the physics; 0 is one per core
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, which tyro shows, for a value that makes no sense."""
+        for name, low, high in ("episodes", 1, 10**5), ("seed", 0, 2**31), ("num_threads", 0, 2**31):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be from {low} to {high}")
+
+
+class Policy:
+    """All the agents of a model at once, in the arithmetic of the scripts to the last bit."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        """Take what a script saved as model.pt. Raises all kinds of errors for anything else."""
+        self.obs_ids, self.act_ids, self.tanh = torch.tensor(model["obs_ids"]), model["act_ids"], model["tanh"]
+        # One product for all agents, or for all rows of the network that they share, as in the scripts: others round
+        # differently in the last bit.
+        shared, agents = model["args"].get("share_param"), model["agents"]
+        self.layers = agents[0] if shared else [torch.stack(tensors) for tensors in zip(*agents, strict=True)]
+        dtype = torch.float32 if self.tanh else torch.float64  # MADDPG normalises what its buffer holds, float32
+        mean, var, _ = map(np.array, model["obs_rms"])
+        self.mean, self.std = (torch.as_tensor(x, dtype=dtype) for x in (mean, np.sqrt(var + 1e-8)))
+        self(np.zeros((1, len(mean))))  # fits together
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Flat observations [B, obs_dim] to the most likely flat actions in [-1, 1], float32 [B, act_dim]."""
+        x = ((torch.as_tensor(obs, dtype=self.mean.dtype) - self.mean) / self.std).clamp(-10, 10).float()
+        x = torch.cat([x, x.new_tensor([0.0, 1.0]).expand(len(x), 2)], dim=-1)  # for padding and one-hot agent ids
+        # [num_agents, B, inputs of an agent]; contiguous, or PyTorch multiplies a shared network agent by agent.
+        x, (*hidden, weight, bias) = x[:, self.obs_ids].movedim(1, 0).contiguous(), self.layers
+        for w, b in zip(hidden[::2], hidden[1::2], strict=True):
+            x = (x @ w + b).relu()
+        x = x @ weight + bias
+        actions = x.new_zeros(len(obs), sum(map(len, self.act_ids)))
+        for ids, mean in zip(self.act_ids, x.tanh() if self.tanh else x, strict=True):
+            actions[:, ids] = mean[:, : len(ids)]  # the networks of agents with fewer actuators have unused outputs
+        return actions.clamp(-1, 1).numpy()
+
+
+def evaluate(vec: VectorEnv, policy: Policy, seed: int, film: "Film | None" = None) -> tuple[np.ndarray, np.ndarray]:
+    """Play one episode in each environment of `vec`; return their returns and lengths in steps, [num_envs] each."""
+    low, high = vec.single_action_space.low, vec.single_action_space.high
+    obs, _ = vec.reset(seed=seed + 1_000_000)  # as in the scripts: far from the training's seeds
+    returns, lengths, running = np.zeros(vec.num_envs), np.zeros(vec.num_envs), np.ones(vec.num_envs, dtype=bool)
+    while running.any():
+        if film and running[0]:
+            film.capture()
+        obs, rewards, terminations, truncations, _ = vec.step((low + high) / 2 + (high - low) / 2 * policy(obs))
+        returns, lengths = returns + running * rewards, lengths + running  # an episode that follows does not count
+        running &= ~(terminations | truncations)
+    return returns, lengths
+
+
+# Film
+
+
+def agent_colors(num_agents: int) -> np.ndarray:
+    """Colours as far apart as can be, RGB in [0, 1], [num_agents, 3]."""
+    return np.array([colorsys.hsv_to_rgb(i / num_agents, 0.85, 0.95) for i in range(num_agents)])
+
+
+def paint(model: mujoco.MjModel, partition: envs.Partition) -> None:
+    """Colour the geoms of a model by the agent that moves them, in place.
+
+    That is who drives the joints of its body, or of the nearest body above it that has an actuated joint: the mean of
+    the colours of several agents. What no agent moves keeps its looks. Raises ValueError where an actuator has no joint
+    of its own.
+    """
+    joints, colors = actuated_joints(model), agent_colors(partition.num_agents)
+    agents_of: dict[int, list[int]] = {}
+    for agent, actuators in enumerate(partition.act_ids):
+        for body in model.jnt_bodyid[joints[actuators]]:
+            agents_of.setdefault(body, []).append(agent)
+    for geom, body in enumerate(model.geom_bodyid):
+        while body and body not in agents_of:
+            body = model.body_parentid[body]
+        if body:
+            model.geom_rgba[geom, :3] = colors[agents_of[body]].mean(axis=0)
+            model.geom_matid[geom] = -1  # a material would hide the colour
+
+
+def find_gl_backend() -> str:
+    """What can draw without a display here: MUJOCO_GL if set, else EGL or OSMesa; RuntimeError if neither does."""
+    if "MUJOCO_GL" in os.environ:
+        return os.environ["MUJOCO_GL"]
+    for name in GL_BACKENDS:
+        # In a process of its own: a failed attempt leaves OpenGL half loaded.
+        program = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
+        env = os.environ | {"MUJOCO_GL": name}
+        if subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=False).returncode == 0:
+            return name
+    raise RuntimeError("no off-screen OpenGL: install EGL (apt install libegl1) or OSMesa (apt install libosmesa6)")
+
+
+class Film:
+    """Films the first of a batch of environments into an mp4, and its first seconds into a GIF."""
+
+    def __init__(self, vec: VectorEnv, name: str) -> None:
+        """Prepare `<name>.mp4`, with a picture per step, and `<name>.gif`; draw once to see whether that works.
+
+        Raises:
+            OSError, RuntimeError, ValueError: the files exist, nothing can draw here, the robot cannot be painted.
+        """
+        self.paths = [Path(f"{name.removesuffix('.mp4')}{suffix}") for suffix in (".mp4", ".gif")]
+        if taken := [path for path in self.paths if path.exists()]:
+            raise FileExistsError(f"{taken[0]} exists already")
+        self.base, self.colors = vec.unwrapped, agent_colors(vec.partition.num_agents)
+        self.env = self.base.env if isinstance(self.base, MujocoVectorEnv) else self.base.envs[0].unwrapped
+        paint(self.env.model, vec.partition)
+        os.environ["MUJOCO_GL"] = find_gl_backend()
+        config, model = self.env.mujoco_renderer.default_cam_config, self.env.model
+        tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0  # follows a robot that walks
+        try:
+            camera = {"camera_name": "track"} if tracks else {}
+            self.renderer = MujocoRenderer(model, self.env.data, config, SIZE, SIZE, **camera)
+            self.draw()
+        except Exception as e:  # the libraries below raise whatever they like
+            raise RuntimeError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} cannot draw here: {e}") from e
+        self.paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self.mp4 = imageio.get_writer(self.paths[0], fps=round(1 / self.env.dt))
+        self.gif, self.num_frames = [], 0
+        self.bar = tqdm(total=getattr(self.base, "max_episode_steps", None), desc="film", unit="frame", disable=None)
+
+    def draw(self) -> np.ndarray:
+        """The first environment as it is now, RGB [height, width, 3]."""
+        if isinstance(self.base, MujocoVectorEnv):  # `env` is not one of the simulations: show their state with it
+            self.env.data.qpos[:], self.env.data.qvel[:] = self.base.qpos[0], self.base.qvel[0]
+            mujoco.mj_forward(self.env.model, self.env.data)
+        return self.renderer.render("rgb_array")
+
+    def capture(self) -> None:
+        """Add a picture, with a legend of the agents' colours."""
+        image = Image.fromarray(self.draw())
+        legend = ImageDraw.Draw(image)
+        for agent, color in enumerate(self.colors):
+            legend.rectangle((0, 24 * agent, 90, 24 * agent + 23), fill=tuple(int(255 * c) for c in color))
+            legend.text(
+                (10, 24 * agent + 3), f"agent {agent}", "white", font_size=16, stroke_width=1, stroke_fill="black"
+            )
+        self.mp4.append_data(np.asarray(image))
+        if self.num_frames % max(1, round(1 / self.env.dt / GIF_FPS)) == 0 and len(self.gif) < GIF_FRAMES:
+            self.gif.append(image.resize((GIF_SIZE, GIF_SIZE)).quantize(128, Image.Quantize.MAXCOVERAGE))
+        self.num_frames += 1
+        self.bar.update()
+
+    def close(self) -> None:
+        """Finish both files."""
+        self.mp4.close()
+        self.bar.close()
+        self.gif[0].save(self.paths[1], save_all=True, append_images=self.gif[1:], duration=1000 // GIF_FPS, loop=0)
+        self.renderer.close()
+        del self.renderer  # now, not later: it takes the current OpenGL context with it
+
+
+# Run
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Say in one line what is wrong, and exit."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main(args: Args) -> None:
+    """Load, play, and say how it went."""
+    torch.set_num_threads(1)  # as in the scripts
+    file = args.path / "model.pt" if args.path.is_dir() else args.path
+    try:
+        model = torch.load(file, map_location="cpu", weights_only=True)  # which runs no code from the file
+        env_id, agent_obsk, policy = model["args"]["env_id"], model["args"]["agent_obsk"], Policy(model)
+    except Exception as e:  # torch.load raises whatever the bytes lead it to
+        fail(f"{file}: no model can be read there ({type(e).__name__})")
+    try:
+        vec = envs.make_vec(env_id, args.episodes, agent_obsk, args.num_threads)
+    except ValueError as e:
+        fail(f"{file}: {e}")
+    act_ids = [ids.tolist() for ids in vec.partition.act_ids]
+    if vec.single_observation_space.shape != policy.mean.shape or act_ids != policy.act_ids:
+        fail(f"{file}: {env_id} has changed since this model was made")
+    try:
+        film = Film(vec, args.video) if args.video else None
+    except (OSError, RuntimeError, ValueError) as e:
+        fail(f"--video {args.video}: {e}")
+    returns, lengths = evaluate(vec, policy, args.seed, film)
+    if film:
+        film.close()
+        print(f"{film.paths[0]} and {film.paths[1]}: the first episode, return {returns[0]:.2f}")
+    score = f"mean {returns.mean():.2f}, std {returns.std():.2f}, min {returns.min():.2f}, max {returns.max():.2f}"
+    print(f"{env_id}, {args.episodes} episodes, seed {args.seed}: return {score}; mean length {lengths.mean():.1f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        fail("stopped", code=130)
+    except OSError as e:  # a full or read-only disk under a film
+        fail(e, code=1)
