@@ -136,12 +136,9 @@ class NormalizedEnv:
         return self.obs
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Apply actions [num_envs, act_dim].
+        """Apply actions [num_envs, act_dim]; return obs, next_obs, rewards, terminations, truncations, all float32.
 
-        Returns:
-            obs: where to act next, [num_envs, obs_dim]; after an episode's end the first of the next episode.
-            next_obs: the state that the actions led to; the same, but after an episode's end its true last one.
-            rewards, terminations, truncations: float32, [num_envs].
+        `obs` is where to act next, `next_obs` what the actions led to: they differ where an episode ended.
         """
         obs, rewards, terminations, truncations, infos = self.vec.step(self.scale(actions))
         self.obs_rms.update(obs)
@@ -320,15 +317,9 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of one agent (Schulman et al. 2017, eq. 7), with M in the place of the advantage.
 
-    Args:
-        actor: the agent's policy.
-        obs, actions: what the agent saw and did, [B, ...].
-        logprobs: the joint log-probability of that under the policy that collected the batch, [B].
-        M: what the ratio is weighted with, [B].
-        clip_coef, ent_coef: epsilon, and the coefficient of the entropy bonus.
-
-    Returns:
-        The loss to minimise, the ratio of new to old probability [B], and what is logged.
+    `logprobs` [B] are the joint log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i] when they were
+    drawn, M [B] is what the ratio is weighted with. Returns the loss to minimise, the ratio of new to old probability
+    [B], and what is logged.
     """
     dist = actor(obs)
     logratio = actor.log_prob(dist, actions) - logprobs
@@ -353,17 +344,9 @@ def happo_update(
 ) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """Update the actors one after the other in random order, each on its clipped objective with the factor M.
 
-    Args:
-        actors: one per agent, with the parameters that collected the batch.
-        optimizers: one per agent; the same object where they share their parameters.
-        obs, actions: per agent, [B, ...].
-        advantages: A(s, a), normalised, [B].
-        args: hyperparameters.
-        generator: source of all that is random here.
-
-    Returns:
-        What is logged of each agent, in the order of the updates: of the whole batch, after its update.
-        M after the last agent.
+    Per agent: `actors`, with the parameters that collected the batch; `optimizers`, the same object where they share
+    their parameters; `obs` and `actions`, [B, ...]. `advantages`: A(s, a), normalised, [B]. Returns what is logged of
+    each agent, in the order of the updates: of the whole batch, after its update; and M after the last agent.
     """
     stats: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():  # of all before any changes: with shared parameters all would

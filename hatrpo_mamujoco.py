@@ -140,12 +140,9 @@ class NormalizedEnv:
         return self.obs
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Apply actions [num_envs, act_dim].
+        """Apply actions [num_envs, act_dim]; return obs, next_obs, rewards, terminations, truncations, all float32.
 
-        Returns:
-            obs: where to act next, [num_envs, obs_dim]; after an episode's end the first of the next episode.
-            next_obs: the state that the actions led to; the same, but after an episode's end its true last one.
-            rewards, terminations, truncations: float32, [num_envs].
+        `obs` is where to act next, `next_obs` what the actions led to: they differ where an episode ended.
         """
         obs, rewards, terminations, truncations, infos = self.vec.step(self.scale(actions))
         self.obs_rms.update(obs)
@@ -404,15 +401,9 @@ def line_search(
 def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: Tensor, args: Args) -> dict[str, Tensor]:
     """Take one trust-region step on the whole batch with one agent (Kuba et al., algorithm 2, lines 11 to 13).
 
-    Args:
-        actor: the agent's policy, changed in place; a rejected step leaves it as it was to the last bit.
-        obs, actions: what the agent saw and did, [B, ...].
-        logprobs: the joint log-probability of that under the policy that collected the batch, [B].
-        M: what the ratio is weighted with, [B].
-        args: hyperparameters.
-
-    Returns:
-        What is logged.
+    `logprobs` [B] are the joint log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i] when they were
+    drawn, M [B] is what the ratio is weighted with. Changes the actor, but not by a bit if the step is rejected;
+    returns what is logged.
     """
 
     def objective(dist: tuple[Tensor, Tensor]) -> Tensor:
@@ -450,16 +441,8 @@ def hatrpo_update(
 ) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """Update the actors one after the other in random order, each by one trust-region step with the factor M.
 
-    Args:
-        actors: one per agent, with the parameters that collected the batch.
-        obs, actions: per agent, [B, ...].
-        advantages: A(s, a), normalised, [B].
-        args: hyperparameters.
-        generator: source of all that is random here.
-
-    Returns:
-        What is logged of each agent, in the order of the updates.
-        M after the last agent.
+    Per agent: `actors`, with the parameters that collected the batch; `obs` and `actions`, [B, ...]. `advantages`:
+    A(s, a), normalised, [B]. Returns what is logged of each agent, in the order of the updates; and M at the end.
     """
     stats: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():  # of all before any changes: with shared parameters all would

@@ -134,12 +134,9 @@ class NormalizedEnv:
         return self.obs
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Apply actions [num_envs, act_dim].
+        """Apply actions [num_envs, act_dim]; return obs, next_obs, rewards, terminations, truncations, all float32.
 
-        Returns:
-            obs: where to act next, [num_envs, obs_dim]; after an episode's end the first of the next episode.
-            next_obs: the state that the actions led to; the same, but after an episode's end its true last one.
-            rewards, terminations, truncations: float32, [num_envs].
+        `obs` is where to act next, `next_obs` what the actions led to: they differ where an episode ended.
         """
         obs, rewards, terminations, truncations, infos = self.vec.step(self.scale(actions))
         self.obs_rms.update(obs)
