@@ -16,6 +16,7 @@ import numpy as np
 # One entry of a flat observation: the mjData field that it is read from and its row there (a joint, a degree of freedom
 # or a body), e.g. ("qvel", 3). ("global", 0) is an entry that belongs to no joint: every agent sees it.
 ObsEntry = tuple[str, int]
+COORDINATES, DOFS = (7, 4, 1, 1), (6, 3, 1, 1)  # of a free, ball, slide and hinge joint (mjtJoint), in qpos and qvel
 BODY_FIELDS = ("cinert", "cvel", "cfrc_ext", "xpos")  # the fields whose rows are bodies
 
 # Partitions whose meaning is not "N agents, each M consecutive actuators". Source of the first four: MaMuJoCo
@@ -59,14 +60,14 @@ def parse_partition(robot: str, partition: str | Sequence[Sequence[int]], num_ac
     """Turn a partition, written as text or as lists, into one list of actuator indices per agent.
 
     Args:
-        robot: the robot's name, for the named partitions.
+        robot: the robot's name, also with a Gymnasium version (Ant-v5), for the named partitions.
         partition: "NxM", a name in `NAMED_PARTITIONS`, or lists such as [[0, 3], [1, 2]] (also as JSON text).
         num_actuators: number of actuators of the compiled model.
 
     Raises:
         ValueError: when the partition is unknown, or does not use every actuator exactly once.
     """
-    named = NAMED_PARTITIONS.get(robot, {})
+    named = NAMED_PARTITIONS.get(re.sub(r"-v\d+$", "", robot), {})  # Ant-v4 and Ant-v5 are Ant
     if not isinstance(partition, str) or partition.startswith("["):
         act_ids = parse_actuator_lists(partition)
         if not all(act_ids) or sorted(a for agent in act_ids for a in agent) != list(range(num_actuators)):
@@ -181,9 +182,13 @@ def make_partition(
     graph = joint_graph(model) | np.eye(len(joints), dtype=bool)  # bool: a count of the paths would overflow
     reach = np.linalg.matrix_power(graph, agent_obsk)  # joints at most agent_obsk edges away
 
+    def positions(joint: int) -> set[ObsEntry]:
+        qpos = model.jnt_qposadr[joint]
+        return {("qpos", i) for i in range(qpos, qpos + COORDINATES[model.jnt_type[joint]])}
+
     def joint_terms(joint: int) -> set[ObsEntry]:
-        qpos, qvel = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
-        return {("qpos", qpos), ("qvel", qvel), ("qfrc_actuator", qvel)}
+        dofs = range(model.jnt_dofadr[joint], model.jnt_dofadr[joint] + DOFS[model.jnt_type[joint]])
+        return positions(joint) | {(field, dof) for dof in dofs for field in ("qvel", "qfrc_actuator")}
 
     jointed = set().union(*map(joint_terms, joints))
     for_all = {entry for entry in obs_entries if entry not in jointed and entry[0] not in BODY_FIELDS}
@@ -192,6 +197,6 @@ def make_partition(
         own = joints[actuators]
         seen = for_all.union(*map(joint_terms, own))
         seen |= {(field, body) for joint in own for body in joint_bodies(model, joint) for field in BODY_FIELDS}
-        seen |= {("qpos", model.jnt_qposadr[joint]) for joint in joints[reach[actuators].any(axis=0)]}
+        seen = seen.union(*map(positions, joints[reach[actuators].any(axis=0)]))
         obs_ids.append(np.array([i for i, entry in enumerate(obs_entries) if entry in seen], dtype=np.int64))
     return Partition(tuple(obs_ids), act_ids)

@@ -339,7 +339,8 @@ class Pusher(MujocoVectorEnv):
     derived_fields = ("xpos",)
 
     def _obs_entries(self) -> list[ObsEntry]:
-        return [*(("qpos", i) for i in range(7)), *(("qvel", i) for i in range(7)), *[("global", 0)] * 9]
+        hand = ("xpos", self.env.model.body("tips_arm").id)
+        return [(field, i) for field in ("qpos", "qvel") for i in range(7)] + 3 * [hand] + 6 * [("global", 0)]
 
     def _observation(self) -> np.ndarray:
         coms = [self.batch.body(name).xpos for name in ("tips_arm", "object", "goal")]

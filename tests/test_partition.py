@@ -27,6 +27,7 @@ ALL_K = (0, 1, 2)
 # Entries are written "field,field: joint or body, ...; ...". "body" is the fields cinert, cvel and cfrc_ext; legs_3 is
 # the four joints of segment 3, hips_3 and ankles_3 two of them. docs/partitions.md has the reasons.
 DEVIATIONS = [
+    ("Pusher", "3p", (0, 1), ALL_K, "", "xpos: tips_arm"),
     # MaMuJoCo gives the speed of the front tip along x to the first joint's agent, along y to the second's.
     ("Swimmer", "2x1", [0], ALL_K, "qvel: slider2", ""),
     ("Swimmer", "2x1", [1], ALL_K, "qvel: slider1", ""),
@@ -641,3 +642,48 @@ def test_every_environment_runs(env_id, agent_obsk):
     obs, rewards, *_ = vec.step(actions)
     assert np.isfinite(obs).all()
     assert np.isfinite(rewards).all()
+
+
+@pytest.mark.parametrize("version", ["v4", "v5"])
+def test_named_partitions_hold_for_versions_of_a_robot(version):
+    """Ant-v5-2x4 is Ant-2x4 (front and back legs), not the diagonals that consecutive actuators would make."""
+    versioned, named = (envs.make_vec(f"{robot}-2x4", 1).partition for robot in (f"Ant-{version}", "Ant"))
+    assert [ids.tolist() for ids in versioned.act_ids] == [ids.tolist() for ids in named.act_ids]
+    assert named.act_ids[0].tolist() == [2, 3, 4, 5]
+
+
+def test_ball_joints_belong_to_their_agent_whole():
+    """A ball joint has 4 positions and 3 velocities: its agent sees all of them, the other none of the velocities."""
+    limb = '<body pos="{}"><joint name="{}" type="{}"/><geom size=".1"/></body>'
+    motors = '<motor joint="a" gear="1 0 0"/><motor joint="b"/>'
+    bodies = limb.format("0 0 0", "a", "ball") + limb.format("1 0 0", "b", "hinge")
+    model = mujoco.MjModel.from_xml_string(
+        f"<mujoco><worldbody>{bodies}</worldbody><actuator>{motors}</actuator></mujoco>"
+    )
+    entries = [("qpos", i) for i in range(5)] + [("qvel", i) for i in range(4)]
+    ball, hinge = envs.make_partition(model, [[0], [1]], entries, 0).obs_ids
+    assert ball.tolist() == [0, 1, 2, 3, 5, 6, 7] and hinge.tolist() == [4, 8]
+
+
+def test_too_many_segments_are_refused_at_once():
+    """Before MuJoCo is asked to compile them."""
+    with pytest.raises(ValueError, match="at most 1000 segments, not 30000"):
+        envs.make_vec("ManySegmentSwimmer-30000x1", 1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (-np.inf, np.inf)])
+def test_action_ranges_must_be_finite(low, high, monkeypatch):
+    """An empty or infinite range is refused by the actuator's number."""
+    env = gym.make("Hopper-v5").unwrapped
+    env.action_space = gym.spaces.Box(np.array([-1, low, -1.0]), np.array([1, high, 1.0]), dtype=np.float64)
+    monkeypatch.setattr(envs.gym, "make", lambda _: env)
+    with pytest.raises(ValueError, match="actuator 1 must be finite"):
+        envs.make_vec("Hopper-v4-3x1", 1)
+
+
+def test_an_environment_without_a_time_limit_is_refused():
+    """Its evaluation would never end."""
+    if "Endless-v0" not in gym.registry:
+        gym.register("Endless-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv")
+    with pytest.raises(ValueError, match="max_episode_steps"):
+        envs.make_vec("Endless-v0-3x1", 1)
