@@ -11,6 +11,7 @@ import colorsys
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,42 +98,36 @@ def evaluate(vec: VectorEnv, policy: Policy, seed: int, film: "Film | None" = No
 # Film
 
 
-def agent_colors(num_agents: int) -> np.ndarray:
-    """Colours as far apart as can be, RGB in [0, 1], [num_agents, 3]."""
-    return np.array([colorsys.hsv_to_rgb(i / num_agents, 0.85, 0.95) for i in range(num_agents)])
-
-
-def paint(model: mujoco.MjModel, partition: envs.Partition) -> None:
-    """Colour the geoms of a model by the agent that moves them, in place.
+def paint(model: mujoco.MjModel, partition: envs.Partition) -> np.ndarray:
+    """Colour the geoms of a model by the agent that moves them, in place; return the colours, RGB [num_agents, 3].
 
     That is who drives the joints of its body, or of the nearest body above it that has an actuated joint: the mean of
     the colours of several agents. What no agent moves keeps its looks. Raises ValueError where an actuator has no joint
     of its own.
     """
-    joints, colors = actuated_joints(model), agent_colors(partition.num_agents)
-    agents_of: dict[int, list[int]] = {}
+    hues = np.arange(partition.num_agents) / partition.num_agents  # as far apart as can be
+    colors, agents_of = np.array([colorsys.hsv_to_rgb(hue, 0.85, 0.95) for hue in hues]), defaultdict(list)
     for agent, actuators in enumerate(partition.act_ids):
-        for body in model.jnt_bodyid[joints[actuators]]:
-            agents_of.setdefault(body, []).append(agent)
+        for body in model.jnt_bodyid[actuated_joints(model)[actuators]]:
+            agents_of[body].append(agent)
     for geom, body in enumerate(model.geom_bodyid):
         while body and body not in agents_of:
             body = model.body_parentid[body]
         if body:
             model.geom_rgba[geom, :3] = colors[agents_of[body]].mean(axis=0)
             model.geom_matid[geom] = -1  # a material would hide the colour
+    return colors
 
 
 def find_gl_backend() -> str:
-    """What can draw without a display here: MUJOCO_GL if set, else EGL or OSMesa; RuntimeError if neither does."""
-    if "MUJOCO_GL" in os.environ:
-        return os.environ["MUJOCO_GL"]
-    for name in GL_BACKENDS:
+    """What can draw without a display here: MUJOCO_GL if set, else EGL or OSMesa. Raises RuntimeError if none can."""
+    names = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else GL_BACKENDS
+    for name in names:
         # In a process of its own: a failed attempt leaves OpenGL half loaded.
         program = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
-        env = os.environ | {"MUJOCO_GL": name}
-        if subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=False).returncode == 0:
+        if not subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode:
             return name
-    raise RuntimeError("no off-screen OpenGL: install EGL (apt install libegl1) or OSMesa (apt install libosmesa6)")
+    raise RuntimeError(f"{' and '.join(names)} cannot draw here: apt install libegl1 or libosmesa6")
 
 
 class Film:
@@ -147,18 +142,18 @@ class Film:
         self.paths = [Path(f"{name.removesuffix('.mp4')}{suffix}") for suffix in (".mp4", ".gif")]
         if taken := [path for path in self.paths if path.exists()]:
             raise FileExistsError(f"{taken[0]} exists already")
-        self.base, self.colors = vec.unwrapped, agent_colors(vec.partition.num_agents)
+        self.base = vec.unwrapped
         self.env = self.base.env if isinstance(self.base, MujocoVectorEnv) else self.base.envs[0].unwrapped
-        paint(self.env.model, vec.partition)
+        self.colors = paint(self.env.model, vec.partition)
         os.environ["MUJOCO_GL"] = find_gl_backend()
         config, model = self.env.mujoco_renderer.default_cam_config, self.env.model
         tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0  # follows a robot that walks
+        camera = {"camera_name": "track"} if tracks else {}
         try:
-            camera = {"camera_name": "track"} if tracks else {}
             self.renderer = MujocoRenderer(model, self.env.data, config, SIZE, SIZE, **camera)
             self.draw()
         except Exception as e:  # the libraries below raise whatever they like
-            raise RuntimeError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} cannot draw here: {e}") from e
+            raise RuntimeError(f"{os.environ['MUJOCO_GL']} cannot draw here: {e}") from e
         self.paths[0].parent.mkdir(parents=True, exist_ok=True)
         self.mp4 = imageio.get_writer(self.paths[0], fps=round(1 / self.env.dt))
         self.gif, self.num_frames = [], 0
@@ -176,10 +171,9 @@ class Film:
         image = Image.fromarray(self.draw())
         legend = ImageDraw.Draw(image)
         for agent, color in enumerate(self.colors):
-            legend.rectangle((0, 24 * agent, 90, 24 * agent + 23), fill=tuple(int(255 * c) for c in color))
-            legend.text(
-                (10, 24 * agent + 3), f"agent {agent}", "white", font_size=16, stroke_width=1, stroke_fill="black"
-            )
+            y, fill = 24 * agent, tuple(int(255 * x) for x in color)
+            legend.rectangle((0, y, 90, y + 23), fill)
+            legend.text((10, y + 3), f"agent {agent}", "white", font_size=16, stroke_width=1, stroke_fill="black")
         self.mp4.append_data(np.asarray(image))
         if self.num_frames % max(1, round(1 / self.env.dt / GIF_FPS)) == 0 and len(self.gif) < GIF_FRAMES:
             self.gif.append(image.resize((GIF_SIZE, GIF_SIZE)).quantize(128, Image.Quantize.MAXCOVERAGE))
@@ -210,11 +204,11 @@ def main(args: Args) -> None:
     file = args.path / "model.pt" if args.path.is_dir() else args.path
     try:
         model = torch.load(file, map_location="cpu", weights_only=True)  # which runs no code from the file
-        env_id, agent_obsk, policy = model["args"]["env_id"], model["args"]["agent_obsk"], Policy(model)
+        env_id, policy = model["args"]["env_id"], Policy(model)
     except Exception as e:  # torch.load raises whatever the bytes lead it to
         fail(f"{file}: no model can be read there ({type(e).__name__})")
     try:
-        vec = envs.make_vec(env_id, args.episodes, agent_obsk, args.num_threads)
+        vec = envs.make_vec(env_id, args.episodes, num_threads=args.num_threads)  # the policy knows what agents see
     except ValueError as e:
         fail(f"{file}: {e}")
     act_ids = [ids.tolist() for ids in vec.partition.act_ids]

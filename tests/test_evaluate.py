@@ -1,0 +1,393 @@
+"""evaluate.py: the scores of finished models are those of the scripts; bad files; films."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.spaces import Box
+
+import envs
+import evaluate
+from evaluate import Args, Film, find_gl_backend, paint
+
+ROOT = Path(__file__).parent.parent
+MADDPG = {"learning_starts": 100, "batch_size": 32, "buffer_size": 10_000}
+
+
+def train(name: str, run_dir: Path, **args: object) -> dict[str, float]:
+    """Run a script on a small budget in this process; return what its last evaluation gave."""
+    script = importlib.import_module(f"{name}_mamujoco")
+    defaults = {"env_id": "Reacher-2x1", "total_timesteps": 256, "num_envs": 4, "num_steps": 32, "num_threads": 1}
+    defaults |= {"hidden_sizes": (16, 16), "eval_episodes": 3} | (MADDPG if name == "maddpg" else {})
+    evaluations, play = [], script.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "evaluate", lambda *args: evaluations.append(play(*args)) or evaluations[-1])
+        script.main(script.Args(**(defaults | args), run_dir=str(run_dir)))
+    return evaluations[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on Reacher-2x1, whose episodes take 50 steps."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    train("happo", run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def model(finished: Path) -> dict:
+    """Its model, to change."""
+    return torch.load(finished / "model.pt", weights_only=True)
+
+
+def command_line(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run evaluate.py as a user does."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, args), "--num-threads", "1"]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | (env or {})
+    )
+
+
+def error_of(capsys: pytest.CaptureFixture, path: Path, **args: object) -> str:
+    """Run evaluate.py in this process; it must exit with 2 and one line, without having played; return the line."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it has played"))
+        evaluate.main(Args(path, episodes=2, num_threads=1, **args))
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and not out and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# Scores
+
+
+CASES = [
+    ("Hopper-3x1", {}),  # episodes of different lengths
+    ("Reacher-2x1", {"eval_episodes": 1, "seed": 7}),
+    ("Ant-v5-4x2", {"eval_episodes": 1}),  # on Gymnasium's vectorisation
+    ("Pusher-3p", {"agent_obsk": 1}),  # agents of 3, 1 and 3 actuators; action range -2 to 2
+    ("Humanoid-9|8", {"agent_obsk": 1}),
+    ("Pusher-3p", {"agent_obsk": 1, "share_param": True}),
+    ("Humanoid-9|8", {"agent_obsk": 1, "share_param": True}),
+]
+
+
+@pytest.mark.parametrize(("env_id", "flags"), CASES, ids=[f"{env_id} {' '.join(flags)}" for env_id, flags in CASES])
+@pytest.mark.parametrize("name", ["mappo", "happo", "hatrpo", "ippo", "maddpg"])
+def test_the_score_is_that_of_the_script(name: str, env_id: str, flags: dict, tmp_path: Path, capsys, monkeypatch):
+    """Mean, deviation, minimum, maximum and mean length of the run's last evaluation, to the last bit, and printed."""
+    if name == "maddpg" and "share_param" in flags:
+        pytest.skip("MADDPG has no --share-param")
+    expected = train(name, tmp_path / "run", env_id=env_id, **flags)
+    played, play = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: played.append(play(*args)) or played[-1])
+    capsys.readouterr()
+    episodes, seed = flags.get("eval_episodes", 3), flags.get("seed", 1)
+    evaluate.main(Args(tmp_path / "run", episodes=episodes, seed=seed, num_threads=1))
+    ((returns, lengths),) = played
+    assert returns.shape == lengths.shape == (episodes,)
+    scores = [returns.mean(), returns.std(), returns.min(), returns.max(), lengths.mean()]
+    keys = [*(f"eval/episodic_return{suffix}" for suffix in ("", "_std", "_min", "_max")), "eval/episodic_length"]
+    assert dict(zip(keys, scores, strict=True)) == expected
+    mean, std, low, high, length = scores
+    assert capsys.readouterr().out == (
+        f"{env_id}, {episodes} episodes, seed {seed}: "
+        f"return mean {mean:.2f}, std {std:.2f}, min {low:.2f}, max {high:.2f}; mean length {length:.1f}\n"
+    )
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_actions_stay_in_range(model: dict, tanh: bool):
+    """Networks whose outputs are 3 and -5: actions 1 and -1, and their tangens hyperbolicus for MADDPG."""
+    agents = [[torch.zeros_like(tensor) for tensor in agent] for agent in model["agents"]]
+    agents[0][-1] += 3
+    agents[1][-1] -= 5
+    actions = evaluate.Policy(model | {"agents": agents, "tanh": tanh})(np.zeros((2, 10)))
+    np.testing.assert_allclose(actions, [np.tanh([3, -5]) if tanh else [1, -1]] * 2, rtol=1e-6)
+    assert actions.dtype == np.float32
+
+
+def test_command_line(finished: Path, tmp_path: Path):
+    """One line for a run's directory; the same for its model alone, elsewhere; other start states for another seed."""
+    shutil.copy(finished / "model.pt", tmp_path / "shared.bin")
+    before = {file: file.read_bytes() for file in finished.iterdir()}
+    first, second, other = (
+        command_line(path, "--episodes", 5, *flags)
+        for path, flags in ((finished, []), (tmp_path / "shared.bin", []), (finished, ["--seed", 1]))
+    )
+    assert first.returncode == 0 and first.stderr == ""
+    assert first.stdout.startswith("Reacher-2x1, 5 episodes, seed 0: return mean -") and first.stdout.count("\n") == 1
+    assert first.stdout.endswith("; mean length 50.0\n")
+    assert second.stdout == first.stdout != other.stdout.replace("seed 1", "seed 0")
+    assert {file: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_no_script_is_imported():
+    """A model can be played without the code that trained it."""
+    program = "import evaluate, sys; print([name for name in sys.modules if 'mamujoco' in name])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--episodes", 0), ("--seed", -1), ("--num-threads", -1)])
+def test_bad_numbers_are_shown_in_a_box(finished: Path, flag: str, value: int):
+    """Exit code 2, and what would be right."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), str(finished), flag, str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("╭─ ") and "Traceback" not in done.stderr
+    assert f"{flag} is {value}: it must be from" in done.stderr
+
+
+def test_files_that_are_no_models(finished: Path, model: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Nothing, text, half a model, a checkpoint, a model with a part missing or of the wrong size: one line each."""
+    file = tmp_path / "model.pt"
+    assert f"{file}: no model can be read there (FileNotFoundError)" in error_of(capsys, file)
+    assert f"{file}: no model can be read there (FileNotFoundError)" in error_of(capsys, tmp_path)
+    whole = (finished / "model.pt").read_bytes()
+    for content in (b"", b"not a model\n", whole[: len(whole) // 2], (finished / "checkpoint.pt").read_bytes()):
+        file.write_bytes(content)
+        assert f"{file}: no model can be read there (" in error_of(capsys, tmp_path)
+        assert file.read_bytes() == content
+    changes = [{"obs_ids": [[0, 99], [1, 2]]}, {"act_ids": [[0], [7]]}, {"args": {}}, {"obs_rms": [[0.0], [1.0], 1.0]}]
+    changes += [{"agents": model["agents"] * 2}, {"agents": [[]]}, {"agents": 3}]
+    for broken in [{k: v for k, v in model.items() if k != key} for key in model] + [model | c for c in changes]:
+        torch.save(broken, file)
+        assert f"{file}: no model can be read there (" in error_of(capsys, file)
+    file.write_text("not a model")
+    done = command_line(file)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {file}: no model can be read there (UnpicklingError)\n"
+
+
+def test_a_hostile_file_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A pickle that would make a directory does not make it."""
+    bait, file = tmp_path / "bait", tmp_path / "model.pt"
+
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(bait),)
+
+    torch.save({"agents": Hostile()}, file)
+    assert "no model can be read there (UnpicklingError)" in error_of(capsys, file)
+    assert not bait.exists()
+    torch.load(file, weights_only=False)  # the bait works
+    assert bait.exists()
+
+
+def test_models_of_other_robots(model: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A robot that is not there, or that has another size or partition by now."""
+    file = tmp_path / "model.pt"
+    for env_id, message in (
+        ("Nothing-v0-2x1", "unknown env_id 'Nothing-v0-2x1'"),
+        ("Reacher-9x9", "Reacher has no partition '9x9'"),
+        ("Swimmer-2x1", "Swimmer-2x1 has changed since this model was made"),
+        ("Reacher-[[1],[0]]", "Reacher-[[1],[0]] has changed since this model was made"),
+    ):
+        torch.save(model | {"args": model["args"] | {"env_id": env_id}}, file)
+        assert f"{file}: {message}" in error_of(capsys, file)
+
+
+# Films
+
+
+def gl_works() -> bool:
+    """Whether this machine can draw."""
+    try:
+        find_gl_backend()
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_gl = pytest.mark.skipif(not gl_works(), reason="no EGL or OSMesa here")
+
+
+def robot(vec: gym.vector.VectorEnv) -> MujocoEnv:
+    """Gymnasium's environment object in one of ours."""
+    return vec.unwrapped.env
+
+
+@needs_gl
+def test_film(finished: Path, tmp_path: Path):
+    """An mp4 with a frame per step, a GIF of the first seconds; both move; the legend has the agents' colours."""
+    name = tmp_path / "new" / "film_0.5"  # not a suffix
+    done = command_line(finished, "--video", f"{name}.mp4", "--episodes", 2)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    films, score = done.stdout.splitlines()
+    assert films.startswith(f"{name}.mp4 and {name}.gif: the first episode, return -")
+    assert score == command_line(finished, "--episodes", 2).stdout.strip()  # it does not disturb the evaluation
+    video, gif = imageio.mimread(f"{name}.mp4", memtest=False), imageio.mimread(f"{name}.gif")
+    assert np.shape(video) == (50, 480, 480, 3) and len(gif) == 25  # 50 steps in 1 s, 20 or more pictures a second
+    assert (video[0] != video[25]).any() and (gif[0] != gif[12]).any()
+    colors = paint(robot(envs.make_vec("Reacher-2x1", 1)).model, envs.make_vec("Reacher-2x1", 1).partition)
+    for agent, color in enumerate(colors):
+        np.testing.assert_allclose(video[10][12 + 24 * agent, 4], 255 * color, atol=25)  # lossy
+        gap = np.abs(video[10][120:].astype(int) - 255 * color).max(axis=-1)  # the limb, in light and shadow
+        assert (gap < 100).sum() > 50
+
+
+@needs_gl
+def test_film_of_gymnasiums_own(tmp_path: Path):
+    """An environment on Gymnasium's vectorisation: a frame per step of the first of the episodes, and no more."""
+    train("mappo", tmp_path / "run", env_id="Hopper-v5-3x1", total_timesteps=128)
+    policy = evaluate.Policy(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
+    vec = envs.make_vec("Hopper-v5-3x1", 3)
+    film = Film(vec, str(tmp_path / "film"))
+    _, lengths = evaluate.evaluate(vec, policy, 0, film)
+    film.close()
+    assert lengths[0] < lengths.max()
+    video = imageio.mimread(tmp_path / "film.mp4", memtest=False)
+    assert len(video) == lengths[0] and (video[0] != video[-1]).any()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_films_are_not_overwritten(finished: Path, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """One line, before anything is played."""
+    (tmp_path / f"film{suffix}").write_text("mine")
+    error = error_of(capsys, finished, video=str(tmp_path / "film"))
+    assert f"--video {tmp_path / 'film'}: {tmp_path / 'film'}{suffix} exists already" in error
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_no_display_says_what_to_install(finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Before anything is played or made."""
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(evaluate, "GL_BACKENDS", ("nonsense", "rubbish"))
+    error = error_of(capsys, finished, video=str(tmp_path / "film"))
+    assert "film: nonsense and rubbish cannot draw here: apt install libegl1 or libosmesa6" in error
+    done = command_line(finished, "--video", tmp_path / "film", env={"MUJOCO_GL": "disable"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith("film: disable cannot draw here: apt install libegl1 or libosmesa6\n")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@needs_gl
+def test_drawing_is_tried_before_playing(finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the renderer raises is one line, and nothing is made."""
+
+    def draw(_: Film) -> None:
+        raise OverflowError("no\nframebuffer")
+
+    monkeypatch.setattr(Film, "draw", draw)
+    error = error_of(capsys, finished, video=str(tmp_path / "film"))
+    assert "cannot draw here: no framebuffer\n" in error and list(tmp_path.iterdir()) == []
+
+
+@needs_gl
+def test_a_directory_that_cannot_be_made(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A file is in the way."""
+    (tmp_path / "file").touch()
+    assert "Not a directory" in error_of(capsys, finished, video=str(tmp_path / "file" / "films" / "film"))
+
+
+TWINS = """
+<mujoco>
+  <worldbody><body><joint name="hinge" axis="0 1 0"/><geom size="0.1"/></body></worldbody>
+  <actuator>
+    <motor joint="hinge" ctrlrange="-1 1" ctrllimited="true"/>
+    <motor joint="hinge" ctrlrange="-1 1" ctrllimited="true"/>
+  </actuator>
+</mujoco>
+"""
+
+
+class TwinsEnv(MujocoEnv):
+    """A user's robot, with two actuators on one joint."""
+
+    def __init__(self, xml_file: str) -> None:
+        super().__init__(xml_file, 2, Box(-np.inf, np.inf, (2,), np.float64))
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.do_simulation(action, self.frame_skip)
+        return self.state_vector(), float(self.data.qpos[0]), False, False, {}
+
+    def reset_model(self) -> np.ndarray:
+        return self.state_vector()
+
+
+def test_two_actuators_on_a_joint_have_no_colour(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Such a robot can be evaluated, but not filmed."""
+    (tmp_path / "twins.xml").write_text(TWINS)
+    gym.register("Twins-v0", TwinsEnv, max_episode_steps=9, kwargs={"xml_file": str(tmp_path / "twins.xml")})
+    try:
+        train("maddpg", tmp_path / "run", env_id="Twins-v0-2x1")
+        error = error_of(capsys, tmp_path / "run", video=str(tmp_path / "film"))
+        assert "film: a partition needs a model in which every actuator drives a joint of its own" in error
+        evaluate.main(Args(tmp_path / "run", episodes=2))
+        assert capsys.readouterr().out.endswith("mean length 9.0\n")
+    finally:
+        del gym.registry["Twins-v0"]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "agents_of_body"),
+    [
+        # From the XML: the hips' bodies aux_1 to aux_4 are driven by agents 1, 2, 3, 0 (actuators 2, 4, 6, 0); what
+        # lies between them and the torso belongs to nobody.
+        ("Ant-4x2", {"aux_1": [1], "aux_2": [2], "aux_3": [3], "aux_4": [0], "front_left_leg": [], "torso": []}),
+        ("HalfCheetah-6x1", {"bthigh": [0], "bshin": [1], "bfoot": [2], "fthigh": [3], "ffoot": [5], "torso": []}),
+        # abdomen_y, abdomen_x: the two joints of one body, of different agents.
+        ("Humanoid-17x1", {"lwaist": [0, 1], "pelvis": [2], "torso": []}),
+    ],
+)
+def test_limbs_have_their_agents_colour(env_id: str, agents_of_body: dict[str, list[int]]):
+    """Each geom of a limb has the colour of the agents that drive the limb; torso and floor keep theirs."""
+    vec = envs.make_vec(env_id, 1)
+    model = robot(vec).model
+    before = model.geom_rgba.copy()
+    colors = paint(model, vec.partition)
+    assert colors.shape == (vec.partition.num_agents, 3)
+    assert min(np.abs(a - b).max() for i, a in enumerate(colors) for b in colors[:i]) > 0.1
+    for name, agents in agents_of_body.items():
+        for geom in np.flatnonzero(model.geom_bodyid == model.body(name).id):
+            expected = colors[agents].mean(axis=0) if agents else before[geom, :3]
+            np.testing.assert_allclose(model.geom_rgba[geom, :3], expected, rtol=1e-6)
+            assert model.geom_matid[geom] == -1 or not agents
+    assert (model.geom_rgba[model.geom_bodyid == 0] == before[model.geom_bodyid == 0]).all()
+
+
+@needs_gl
+def test_filming_leaves_the_physics_alone(tmp_path: Path):
+    """A film is drawn from a copy of the state."""
+    vec, other = envs.make_vec("Ant-4x2", 2), envs.make_vec("Ant-4x2", 2)
+    vec.reset(seed=0)
+    other.reset(seed=0)
+    film = Film(vec, str(tmp_path / "film"))
+    for _ in range(20):
+        film.draw()
+        actions = np.full(vec.action_space.shape, 0.3, dtype=np.float32)
+        for x, y in zip(vec.step(actions)[:4], other.step(actions)[:4], strict=True):
+            np.testing.assert_array_equal(x, y)
+    film.renderer.close()
+    del film.renderer
+
+
+@needs_gl
+@pytest.mark.parametrize(
+    "env_id", ["HalfCheetah-6x1", "Ant-4x2", "Hopper-3x1", "Walker2d-6x1", "Humanoid-17x1", "ManySegmentSwimmer-10x2"]
+)
+def test_the_camera_follows_the_robot(env_id: str, tmp_path: Path):
+    """After 20 metres the robot is still in the picture: as many pixels of the agents' bright colours as before."""
+    vec = envs.make_vec(env_id, 1)
+    vec.reset(seed=0)
+    film, pixels = Film(vec, str(tmp_path / "film")), []
+    for _ in range(2):
+        picture = film.draw().astype(int)
+        pixels.append((picture.max(axis=-1) - picture.min(axis=-1) > 80).sum())
+        vec.unwrapped.qpos[0, 0] += 20
+    film.renderer.close()
+    del film.renderer
+    assert pixels[0] > 100 and 0.5 < pixels[1] / pixels[0] < 2
