@@ -558,7 +558,6 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
         bar.update(batch_size)
 
         # Checkpoint
-        # Checkpoint
         if last or global_step % args.checkpoint_interval < batch_size:
             writer.flush()  # first: a checkpoint never runs ahead of the log
             state = {name: part.state_dict() for name, part in saved.items()}

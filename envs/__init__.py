@@ -52,9 +52,9 @@ ROBOTS: dict[str, tuple[str, type[tasks.MujocoVectorEnv]]] = {
     "CoupledHalfCheetah": ("HalfCheetah-v5", tasks.CoupledHalfCheetah),
 }
 # Robots whose model is not Gymnasium's. The first two have as many segments as the partition asks for.
-SEGMENTED: dict[str, Callable[[int], MujocoEnv]] = {
-    "ManySegmentSwimmer": models.ManySegmentSwimmerEnv,
-    "ManySegmentAnt": models.ManySegmentAntEnv,
+SEGMENTED: dict[str, tuple[type[MujocoEnv], Callable[[int], mujoco.MjModel]]] = {
+    "ManySegmentSwimmer": (models.ManySegmentSwimmerEnv, models.many_segment_swimmer),
+    "ManySegmentAnt": (models.ManySegmentAntEnv, models.many_segment_ant),
 }
 
 # MuJoCo refuses 2,000. From 100 on, random actions make a quarter of the swimmer's steps diverge.
@@ -127,7 +127,7 @@ def _quiet_compiler() -> Iterator[None]:
 def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> MujocoEnv:
     """Gymnasium's environment object of one of `ROBOTS`; the partition also says how many segments it gets."""
     if robot == "CoupledHalfCheetah":
-        return models.CoupledHalfCheetahEnv()
+        return models.CoupledHalfCheetahEnv(models.coupled_half_cheetah())
     if robot not in SEGMENTED:
         return gym.make(ROBOTS[robot][0]).unwrapped
     if isinstance(partition, str) and (sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", partition)):
@@ -136,7 +136,8 @@ def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> Mujo
         num_segments = sum(map(len, parse_actuator_lists(partition))) // ACTUATORS_PER_SEGMENT.get(robot, 1)
     if num_segments > MAX_SEGMENTS:
         raise ValueError(f"{robot} has at most {MAX_SEGMENTS} segments, not {num_segments}")
-    return SEGMENTED[robot](num_segments)
+    make_env, make_model = SEGMENTED[robot]
+    return make_env(make_model(num_segments))
 
 
 def _make_gymnasium_vec(

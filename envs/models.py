@@ -19,7 +19,9 @@ HINGE, CAPSULE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtGeom.mjGEOM_CAPSULE
 
 
 def many_segment_swimmer(num_segments: int) -> mujoco.MjModel:
-    """Compile Gymnasium's Swimmer with `num_segments` (2 or more) actuated joints instead of two."""
+    """Compile Gymnasium's Swimmer with `num_segments` actuated joints. Raises ValueError for fewer than its two."""
+    if num_segments < 2:
+        raise ValueError("ManySegmentSwimmer needs at least 2 segments")
     spec = mujoco.MjSpec.from_file(str(ASSETS / "swimmer.xml"))
     body = spec.body("back")
     for i in range(2, num_segments):
@@ -80,37 +82,25 @@ def coupled_half_cheetah() -> mujoco.MjModel:
     return spec.compile()
 
 
-class ManySegmentSwimmerEnv(SwimmerEnv):
+class _OwnModel:
+    """Gives one of Gymnasium's environments another model, and leaves it its weights, ranges and reset."""
+
+    def __init__(self, model: mujoco.MjModel, **kwargs: Any) -> None:
+        """Build the environment; `kwargs` are Gymnasium's."""
+        self._model = model
+        super().__init__(**kwargs)
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        return self._model, mujoco.MjData(self._model)
+
+
+class ManySegmentSwimmerEnv(_OwnModel, SwimmerEnv):
     """Swimmer-v5 with more segments."""
 
-    def __init__(self, num_segments: int = 6, **kwargs: Any) -> None:
-        """Build the environment; `kwargs` are Swimmer-v5's. Raises ValueError for fewer than 2 segments."""
-        if num_segments < 2:
-            raise ValueError("ManySegmentSwimmer needs at least 2 segments")
-        self.num_segments = num_segments
-        super().__init__(**kwargs)
 
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        model = many_segment_swimmer(self.num_segments)
-        return model, mujoco.MjData(model)
-
-
-class ManySegmentAntEnv(AntEnv):
+class ManySegmentAntEnv(_OwnModel, AntEnv):
     """Ant-v5 with a spine of several segments."""
 
-    def __init__(self, num_segments: int = 6, **kwargs: Any) -> None:
-        """Build the environment; `kwargs` are Ant-v5's."""
-        self.num_segments = num_segments
-        super().__init__(**kwargs)
 
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        model = many_segment_ant(self.num_segments)
-        return model, mujoco.MjData(model)
-
-
-class CoupledHalfCheetahEnv(HalfCheetahEnv):
+class CoupledHalfCheetahEnv(_OwnModel, HalfCheetahEnv):
     """HalfCheetah-v5's weights and reset on the two tied cheetahs; the task itself is in `tasks.py`."""
-
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        model = coupled_half_cheetah()
-        return model, mujoco.MjData(model)

@@ -82,13 +82,16 @@ def test_coupled_half_cheetah_is_mamujocos():
 def test_swimmer_needs_two_segments(num_segments):
     """Gymnasium's Swimmer, of two joints, is the smallest."""
     with pytest.raises(ValueError, match="at least 2 segments"):
-        models.ManySegmentSwimmerEnv(num_segments)
+        models.many_segment_swimmer(num_segments)
 
 
 @pytest.mark.parametrize(
-    ("env", "num_actuators"),
-    [(models.ManySegmentSwimmerEnv, 7), (models.ManySegmentAntEnv, 28)],
+    ("env", "model", "num_actuators"),
+    [
+        (models.ManySegmentSwimmerEnv, models.many_segment_swimmer, 7),
+        (models.ManySegmentAntEnv, models.many_segment_ant, 28),
+    ],
 )
-def test_environments_have_the_segments_that_they_are_asked_for(env, num_actuators):
+def test_environments_have_the_segments_that_they_are_asked_for(env, model, num_actuators):
     """Seven segments: seven joints of a swimmer, four of each segment of an ant."""
-    assert env(7).model.nu == num_actuators
+    assert env(model(7)).model.nu == num_actuators
