@@ -474,6 +474,8 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
     obs, start_step, run_dir = env.reset(args.seed), 0, Path(args.run_dir)
     if checkpoint:
         try:
+            if args.env_id != checkpoint["args"]["env_id"]:  # its sizes may be the same
+                raise ValueError
             for name, part in saved.items():
                 part.load_state_dict(checkpoint[name])
         except (KeyError, RuntimeError, ValueError) as e:

@@ -203,6 +203,7 @@ def test_foreign_checkpoints_are_refused(copied: Path, tmp_path: Path, capsys: p
     ("flags", "message"),
     [
         (["--env-id", "Ant-4x2"], "robot, agents, networks and num_envs must stay"),
+        (["--env-id", "Reacher-[[1],[0]]"], "robot, agents, networks and num_envs must stay"),
         (["--hidden-sizes", 8], "robot, agents, networks and num_envs must stay"),
         (["--num-envs", 5], "robot, agents, networks and num_envs must stay"),
         (["--num-envs", 1], "robot, agents, networks and num_envs must stay"),
