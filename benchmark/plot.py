@@ -5,7 +5,8 @@
     python benchmark/plot.py table benchmark/results/halfcheetah                    # prints Markdown
     python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
 
-A run is a directory <env id>__<algorithm>__<seed>; its record is the CSV of that name, and a line in runs.jsonl.
+A run is a directory <env id>__<algorithm>__<seed>, beside which run.py wrote its starts (.jsonl); its record is the CSV
+of that name, and a line in runs.jsonl.
 Figures, tables and comparisons read only these records.
 """
 
@@ -51,17 +52,19 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Duration of the training, without evaluations."""
+        """Duration of the training with its evaluations, summed over its starts."""
         return float(self.columns["seconds"][-1])
 
 
 def read_log(run_dir: Path) -> dict[str, np.ndarray]:
     """The columns of a run from its TensorBoard log: a row per `BIN` steps, at the bin's end; ValueError without a log.
 
-    `seconds` is the time spent in training since its start, from the step count and `charts/SPS`: without evaluations,
-    and it goes on where a run was resumed. `steps_per_second` is the speed within the bin.
+    `seconds` is the time spent in training, from `charts/SPS`, which counts steps and time since the latest start: it
+    is summed over the starts, without what a kill undid. `steps_per_second` is the speed within the bin.
     """
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    if not any(run_dir.glob("events*")):
+        raise ValueError(f"{run_dir} has no log")
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
     def points(tag: str) -> tuple[np.ndarray, np.ndarray]:
         events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
@@ -78,7 +81,12 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
         bins = np.searchsorted(ends, at)
         return np.array([values[bins == b].mean() if (bins == b).any() else np.nan for b in range(len(ends))])
 
-    seconds = np.interp(ends, steps, steps / speeds)
+    texts = log.Tensors("args/text_summary") if "args/text_summary" in log.Tags()["tensors"] else []
+    starts = np.unique([0, *(text.step for text in texts)])  # the scripts log their arguments at every start
+    last_start = starts[np.searchsorted(starts, steps) - 1]
+    since = (steps - last_start) / speeds
+    again = np.diff(last_start, prepend=last_start[0]) > 0
+    seconds = np.interp(ends, steps, np.cumsum(np.diff(since, prepend=0) + again * np.roll(since, 1)))
     speed = np.diff(ends, prepend=0) / np.maximum(np.diff(seconds, prepend=0), 1e-9)
     columns = ends.astype(float), seconds, binned("charts/episodic_return"), binned("eval/episodic_return"), speed
     return dict(zip(COLUMNS, columns, strict=True))
@@ -87,9 +95,10 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
 def record(runs: Path, results: Path) -> None:
     """Write the CSV of each run below a directory, and all their descriptions; exits with 1 if there are none."""
     described = []
-    for run_dir in sorted(path.parent for path in runs.glob("*/run.jsonl")):
+    for path in sorted(runs.glob("*.jsonl")):
+        run_dir = path.with_suffix("")
         try:
-            if not RUN_NAME.fullmatch(run_dir.name):  # such as those that the runner has put aside
+            if not RUN_NAME.fullmatch(run_dir.name):
                 raise ValueError(f"{run_dir} is not named <env id>__<algorithm>__<seed>")
             columns = read_log(run_dir)
         except ValueError as e:
@@ -101,7 +110,7 @@ def record(runs: Path, results: Path) -> None:
             writer.writerow(COLUMNS)
             rows = zip(*columns.values(), strict=True)
             writer.writerows([f"{x:.0f}" if i == 0 else f"{x:.6g}" for i, x in enumerate(row)] for row in rows)
-        starts = [json.loads(line) for line in (run_dir / "run.jsonl").read_text().splitlines()]
+        starts = [json.loads(line) for line in path.read_text().splitlines()]
         described.append({"run": run_dir.name, "starts": len(starts)} | starts[-1])
     if not described:
         raise SystemExit(f"error: {runs} has no runs with a log")

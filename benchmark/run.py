@@ -4,18 +4,18 @@
     python benchmark/run.py benchmark/halfcheetah.toml --slurm cpu --workers 64 # on a cluster, in the partition "cpu"
     python benchmark/run.py benchmark/halfcheetah.toml --algorithms happo --compare benchmark/results/halfcheetah
 
-Runs go to runs/<job file>/<env id>__<algorithm>__<seed>. The same command again skips what is finished, resumes what
-has a checkpoint, and starts the rest; so it is also how to go on after Ctrl-C, at which the jobs save and stop. Exits
-with 1 if a job failed or the comparison found a difference, with 2 if the job file is wrong, with 130 or 143 after
-Ctrl-C or SIGTERM.
+Runs go to runs/<job file>/<env id>__<algorithm>__<seed>; beside each are its output (.log), and a line of command,
+commit, versions and machine per start (.jsonl). The same command again skips what is finished, resumes what has a
+checkpoint, and starts the rest; so it is also how to go on after Ctrl-C. Exits with 1 if a job failed or the comparison
+found a difference, with 2 if the job file is wrong, with 130 or 143 after Ctrl-C or SIGTERM.
 """
 
 import contextlib
-import fcntl
-import importlib
+import importlib.metadata
 import io
 import json
 import os
+import platform
 import re
 import shlex
 import signal
@@ -24,16 +24,22 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import plot
 import submitit
+import torch
 import tyro
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts: they check their own flags
+# What may be another than when a run was begun.
+FREE = {"total_timesteps", "run_dir", "resume", "checkpoint_interval", "eval_interval", "eval_episodes"}
+FREE |= {"num_threads", "cuda", "track", "wandb_project_name"}
 # Fields of a job file and their types; [str] is a list of strings.
 FIELDS = {"algorithms": [str], "env_ids": [str], "seeds": [int], "flags": str, "extra": [dict], "variants": [dict]}
 VARIANT_FIELDS = {"name": str, "algorithm": str, "flags": str}
@@ -46,22 +52,15 @@ class Args:
 
     job_file: Annotated[Path, tyro.conf.Positional]
     """TOML file: algorithms, env_ids, seeds, flags of all, [[extra]] flags of some, [[variants]] of algorithms"""
-    algorithms: tuple[str, ...] = ()
-    """run only these of the file's algorithms and variants"""
-    env_ids: tuple[str, ...] = ()
-    """run only these of the file's environments"""
+    algorithms: tuple[str, ...] = ()  # run only these of the file's algorithms and variants
+    env_ids: tuple[str, ...] = ()  # run only these of the file's environments
     compare: Path | None = None
     """recorded results to compare with at the end; those of the runs are then recorded in <runs>/<job file>/results"""
-    workers: int = os.cpu_count() or 1
-    """jobs at a time; each has one thread"""
-    slurm: str | None = None
-    """Slurm partition to submit to; None runs here"""
-    timeout_hours: float = 24
-    """longest time of a job on a cluster"""
-    runs: Path = ROOT / "runs"
-    """where the runs go"""
-    dry_run: bool = False
-    """whether to only print the commands"""
+    workers: int = os.cpu_count() or 1  # jobs at a time; each has one thread
+    slurm: str | None = None  # Slurm partition to submit to; None runs here
+    timeout_hours: float = 24  # longest time of a job on a cluster
+    runs: Path = ROOT / "runs"  # where the runs go
+    dry_run: bool = False  # only print the commands
 
 
 def usage_error(message: object) -> NoReturn:
@@ -79,17 +78,21 @@ class Job:
     args: Any
 
     def is_finished(self) -> bool:
-        """Whether the run has all its steps, and had these arguments (else the script will say what contradicts)."""
-        checkpoints = sorted(self.run_dir.glob("checkpoint_*.pt"))
-        if not checkpoints:
+        """Whether the run has all its steps; raises ValueError if it had other arguments, or cannot be read."""
+        path = self.run_dir / "checkpoint.pt"
+        if not path.exists():
             return False
-        step = int(checkpoints[-1].stem.removeprefix("checkpoint_"))
-        if self.args.total_timesteps >= step + self.args.num_envs * self.args.num_steps:
-            return False
-        before = json.loads((self.run_dir / "run.jsonl").read_text().splitlines()[-1])["args"]
-        now = json.loads(json.dumps(asdict(self.args)))  # tuples become lists
-        fixed = now.keys() - sys.modules[type(self.args).__module__].MAY_CHANGE
-        return all(now[key] == before.get(key) for key in fixed)
+        try:  # mmap: only what is looked at is read, not MADDPG's buffer
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            step, script, before = checkpoint["step"], checkpoint["script"], checkpoint["args"]
+        except Exception as e:  # torch.load raises whatever the bytes lead it to
+            raise ValueError(f"{path} cannot be read ({type(e).__name__})") from None
+        pairs = {f.name: (before.get(f.name, f.default), getattr(self.args, f.name)) for f in fields(self.args)}
+        pairs["script"] = script, Path(self.command[0]).stem
+        for name, (was, now) in pairs.items():
+            if was != now and name not in FREE:
+                raise ValueError(f"begun with {name} {was}, not {now}; to start anew, move {self.run_dir} away")
+        return self.args.total_timesteps < step + self.args.num_envs * self.args.num_steps
 
 
 def parse_flags(algorithm: str, flags: list[str]) -> Any:
@@ -97,12 +100,10 @@ def parse_flags(algorithm: str, flags: list[str]) -> Any:
     script = importlib.import_module(f"{algorithm}_mamujoco")
     with contextlib.redirect_stderr(io.StringIO()) as complaint:
         try:
-            args = tyro.cli(script.Args, args=flags)
-            script.check_args(args, None)
+            return tyro.cli(script.Args, args=flags)
         except SystemExit:
             words = re.sub("[─│╭╮╰╯]+", " ", complaint.getvalue()).split("For full helptext")[0].split()
             raise ValueError(f"{algorithm}: {' '.join(words).removeprefix('error: ')}") from None
-    return args
 
 
 def check_table(table: dict[str, Any], known: dict[str, Any], needed: tuple[str, ...]) -> None:
@@ -150,7 +151,7 @@ def make_jobs(spec: dict[str, Any], folder: Path) -> list[Job]:
                 if run_dir in jobs or run_dir.parent != folder or run_dir.name.count("__") != 2:
                     raise ValueError(f"{run_dir.name} is there twice, or no name for a run")
                 command = [str(ROOT / f"{algorithm}_mamujoco.py"), *flags]
-                jobs[run_dir] = Job(run_dir, command, parse_flags(algorithm, flags))
+                jobs[run_dir] = Job(run_dir, command, parse_flags(algorithm, [*flags, "--run-dir", str(run_dir)]))
     return list(jobs.values())
 
 
@@ -174,46 +175,46 @@ def select(jobs: list[Job], args: Args) -> list[Job]:
 
 def place(run_dir: Path) -> list[str]:
     """The flag that starts a run in its directory, or resumes it there."""
-    return ["--resume" if any(run_dir.glob("checkpoint_*.pt")) else "--run-dir", str(run_dir)]
+    return ["--resume" if (run_dir / "checkpoint.pt").exists() else "--run-dir", str(run_dir)]
 
 
-def train(run_dir: Path, command: list[str]) -> tuple[int, str, float]:
-    """Start or resume one run and wait for it; return its exit code, its last line, and how many seconds it took.
+def describe_run(command: list[str], args: dict[str, Any]) -> dict[str, Any]:
+    """What it takes to repeat a run: command, arguments, commit, versions, machine."""
+    git = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty --abbrev=40"
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True, check=False).stdout.strip() or None
+    packages = "torch", "numpy", "mujoco", "gymnasium"
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "args": args,
+        "commit": commit,
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": args["num_threads"]},
+    }
 
-    SIGTERM, and SIGUSR2 with which a cluster announces that time is up, let the script save and stop.
-    """
-    start, scripts, signals = time.time(), [], []
 
-    def stop(number: int, _: object) -> None:
-        signals.append(number)
-        for script in scripts:  # Slurm sends SIGTERM to the script too; a second one would stop it without saving
-            script.send_signal(signal.SIGINT)
-
-    def set_signals() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGUSR2, stop)
+def train(run_dir: Path, command: list[str], args: dict[str, Any]) -> tuple[int, str, float]:
+    """Start or resume one run and wait for it; return its exit code, its last line, and how many seconds it took."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it
+    start, where = time.time(), place(run_dir)
+    if run_dir.exists():
+        try:
+            with FileLock(run_dir / "lock", blocking=False):
+                if where[0] == "--run-dir":  # killed before its first checkpoint: out of the way, but kept
+                    run_dir.rename(f"{run_dir}.{time.time_ns()}")
+        except Timeout:  # a script that has outlived its runner
+            return 1, "another process is at work on it", 0.0
     run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run_dir}.jsonl", "a" if where[0] == "--resume" else "w") as f:
+        f.write(json.dumps(describe_run([*command, *where], args)) + "\n")
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # the libraries' own threads would fight for the cores
     with open(f"{run_dir}.log", "a+") as log:
-        try:  # the script inherits the lock: it holds as long as anyone writes there, even after a kill of this process
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return 1, "another process is at work on it", 0.0
-        where = place(run_dir)
-        if run_dir.exists() and where[0] == "--run-dir":  # killed before its first checkpoint: out of the way, but kept
-            run_dir.rename(f"{run_dir}.{time.time_ns()}")
-        words, out = [sys.executable, *command, *where], {"stdout": log, "stderr": subprocess.STDOUT}
-        # In a session of its own it does not hear Ctrl-C in the terminal twice.
-        scripts.append(subprocess.Popen(words, **out, env=env, start_new_session=True, preexec_fn=set_signals))
-        if signals:
-            scripts[0].send_signal(signal.SIGINT)
-        code = scripts[0].wait()
+        script = subprocess.Popen([sys.executable, *command, *where], stdout=log, stderr=subprocess.STDOUT, env=env)
+        signal.signal(signal.SIGTERM, lambda *_: script.terminate())
+        code = script.wait()
         log.seek(0)
-        last_line = (log.read().strip().splitlines() or [""])[-1]
-    return code, last_line, time.time() - start
+        lines = ["", "", *log.read().strip().splitlines()]
+    return code, lines[-1 if code else -2], time.time() - start  # the very last is where the finished run lies
 
 
 def main(args: Args) -> None:
@@ -221,65 +222,62 @@ def main(args: Args) -> None:
     if args.workers < 1:
         usage_error(f"--workers is {args.workers}: it must be greater than 0")
     jobs = select(read_jobs(args.job_file, args.runs), args)
-    waiting = [job for job in jobs if not job.is_finished()]
-    print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} finished before", flush=True)
+    waiting, running, durations, failed = [], {}, [], 0
+    for job in jobs:
+        try:
+            waiting += [] if job.is_finished() else [job]
+        except ValueError as e:
+            print(f"{job.run_dir.name}: FAILED: {e}")
+            failed += 1
+    start, total = time.time(), len(waiting)
+    print(f"{len(jobs)} jobs, {len(jobs) - total - failed} finished before", flush=True)
     if args.dry_run:
         print(*(shlex.join(["python", *job.command, *place(job.run_dir)]) for job in waiting), sep="\n")
-        return
-    folder = args.runs / args.job_file.stem / "submitit"
-    executor = submitit.AutoExecutor(folder, cluster="slurm" if args.slurm else "local")
+        raise SystemExit(failed > 0)
+    folder = args.runs / args.job_file.stem
+    executor = submitit.AutoExecutor(folder / "submitit", cluster="slurm" if args.slurm else "local")
     # Here a job may take a year: submitit's end of time would orphan the script.
-    executor.update_parameters(timeout_min=int(60 * args.timeout_hours) if args.slurm else 525_600, cpus_per_task=1)
-    if args.slurm:
-        executor.update_parameters(slurm_partition=args.slurm)
+    minutes = int(60 * args.timeout_hours) if args.slurm else 525_600
+    executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_partition=args.slurm)
 
-    start, total, running, durations, ended, failed = time.time(), len(waiting), {}, [], 0, 0
     stop: list[int] = []
-    stopped = 0  # by which signal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
-    while running or waiting:
+    while (running or waiting) and not stop:
         while waiting and len(running) < args.workers and not stop:
             job = waiting.pop(0)
-            # Inherited by submitit's processes, which would kill the job at Ctrl-C in the terminal before it can save.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            running[executor.submit(train, job.run_dir, job.command)] = job.run_dir
-            signal.signal(signal.SIGINT, handler)
+            # The mask is inherited: at Ctrl-C in the terminal, which goes to all processes, only this one acts.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            running[executor.submit(train, job.run_dir, job.command, asdict(job.args))] = job.run_dir
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for job in [job for job in running if job.done()]:
             run_dir = running.pop(job)
             try:
                 code, last_line, seconds = job.result()
             except Exception as e:  # the cluster's: killed, out of time, node lost
                 code, last_line, seconds = -1, (str(e).strip().splitlines() or [""])[-1], 0.0
-            durations += [seconds] if code == 0 else []
-            outcome = f"{last_line}, {seconds / 60:.1f} min"
-            if code != 0 and stopped and (code < 0 or code in (130, 143)):
-                outcome = f"stopped: {last_line}"
-            elif code != 0:
-                failed += 1
-                outcome = f"FAILED with {code}: {last_line} (see {run_dir}.log)"
-            if durations and not stopped:
+            failed += code != 0
+            durations += [] if code else [seconds]
+            failure = f"FAILED with {code}: {last_line} (see {run_dir}.log)"
+            outcome = failure if code else f"{last_line}, {seconds / 60:.1f} min"
+            if durations:
                 left = statistics.median(durations) * (len(waiting) + len(running)) / args.workers
                 outcome += f"; {left / 60:.0f} min left"
-            ended += 1
-            print(f"{ended}/{total} {run_dir.name}: {outcome}", flush=True)
-        if stop:
-            stopped = stop.pop()
-            for job in running:
-                if args.slurm:
-                    job.cancel(check=False)
-                else:  # not `cancel`, which gives a job one second: its id is the process that passes SIGTERM on
-                    os.kill(int(job.job_id), signal.SIGTERM)
-            waiting.clear()
-            print("stopping: the jobs save what they have; the same command goes on", flush=True)
+            print(f"{total - len(waiting) - len(running)}/{total} {run_dir.name}: {outcome}", flush=True)
         time.sleep(0.2)
+    if stop:
+        for job in running:
+            if args.slurm:
+                job.cancel(check=False)
+            else:  # not `cancel`: its SIGINT is masked. The process of that id passes SIGTERM on
+                os.kill(int(job.job_id), signal.SIGTERM)
+        print("stopped; the same command goes on from the latest checkpoints")
+        raise SystemExit(128 + stop[0])
     print(f"{len(durations)} of {total} jobs in {(time.time() - start) / 60:.1f} min, {failed} failed")
-    differs = False
-    if args.compare and not stopped and not failed:
-        folder = args.runs / args.job_file.stem
+    if args.compare and not failed:
         plot.record(folder, folder / "results")
-        differs = plot.compare(args.compare, folder / "results")
-    raise SystemExit(128 + stopped if stopped else failed > 0 or differs)
+        failed = plot.compare(args.compare, folder / "results")
+    raise SystemExit(failed > 0)
 
 
 if __name__ == "__main__":

@@ -170,17 +170,16 @@ def measure_rollout(args: Args) -> list[dict]:
     script = import_module("happo_mamujoco")
     vec = envs.make_vec("HalfCheetah-6x1", 64, num_threads=args.num_threads)
     env, generator = script.NormalizedEnv(vec, 0.99, torch.device("cpu")), torch.Generator().manual_seed(0)
-    actors = script.make_actors(vec.partition, script.Args.hidden_sizes, False, generator)
-    policy = script.JointPolicy(actors, vec.partition, 17, False)
+    policy = script.Policy(vec.partition, 17, script.Args(), generator, env.device)
     obs_buf, next_obs_buf, (rewards, terminations, truncations) = *torch.zeros(2, 64, 17), torch.zeros(3, 64)
-    actions, logprobs = torch.zeros(64, 6), torch.zeros(64, 6)
+    actions = torch.zeros(64, 6)
     obs = env.reset(0)
 
     def step() -> None:
         nonlocal obs
         obs_buf[:] = obs
-        actions[:], logprobs[:] = policy.act(obs, generator)
-        obs, next_obs_buf[:], rewards[:], terminations[:], truncations[:], _ = env.step(actions)
+        actions[:] = policy.act(obs, generator)
+        obs, next_obs_buf[:], rewards[:], terminations[:], truncations[:] = env.step(actions)
 
     jobs = {
         "raw mujoco.batch": raw_stepper("HalfCheetah-6x1", 64, args.num_threads),
@@ -201,14 +200,12 @@ def make_update(name: str, agents: int, rows: int, **hyperparameters: object) ->
     known = script.Args.__dataclass_fields__
     args = script.Args(**{key: value for key, value in hyperparameters.items() if key in known})
     generator = torch.Generator().manual_seed(0)
-    actors = [script.Actor(17, 1, args.hidden_sizes, generator) for _ in range(agents)]
-    critic = script.mlp((17, *args.hidden_sizes, 1), 1.0, generator)
+    actors = [script.Actor(17, 1, args, generator) for _ in range(agents)]
+    critic = script.MLP((17, *args.hidden_sizes, 1), 1.0, generator)
     obs, actions = torch.randn(rows, 17, generator=generator), torch.randn(rows, 1, generator=generator)
     advantages = torch.randn(rows, generator=generator)
-    with torch.no_grad():
-        logprobs = [actor.log_prob(actor(obs), actions) for actor in actors]
     adam = [torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) for net in (*actors, critic)]
-    batch = [obs] * agents, [actions] * agents, logprobs, advantages, args, generator
+    batch = [obs] * agents, [actions] * agents, advantages, args, generator
     first = (actors,) if name == "hatrpo" else (actors, adam[:-1])
 
     def run() -> None:
@@ -222,8 +219,8 @@ def make_update(name: str, agents: int, rows: int, **hyperparameters: object) ->
     if name == "hatrpo":
         per_agent = 3 + (3 + 4 * args.cg_iters) / args.fisher_stride + 1 + 1 + 1
     else:
-        per_agent = 3 * args.update_epochs + (name == "happo")
-    return run, forward * (agents * per_agent + 3 * args.critic_epochs)
+        per_agent = 3 * args.update_epochs + 1 + 1  # old log-probabilities; what is logged
+    return run, forward * (agents * per_agent + 3 * args.critic_epochs + 1)
 
 
 def measure_update(args: Args) -> list[dict]:
@@ -242,7 +239,7 @@ def measure_update(args: Args) -> list[dict]:
 
 @dataclass
 class Outcome:
-    """What a script printed: (step, mean return of the latest 20 episodes, steps per second) at times; its memory."""
+    """What a script printed of each iteration: step, mean return of the episodes that ended, speed; its memory."""
 
     points: list[tuple[int, float, float]]
     megabytes: float
@@ -261,17 +258,18 @@ def run_script(name: str, flags: dict[str, object], until: float = np.inf) -> Ou
         "print('MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     with tempfile.TemporaryDirectory() as tmp:
-        words = [f"--run-dir={tmp}/run"]
+        words = [f"--run-dir={tmp}/run", "--eval-interval=1"]  # a line per iteration
         for key, value in flags.items():
             words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         command = [sys.executable, "-c", program.format(name), *words]
         outcome = Outcome([], np.nan)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
             for line in process.stdout:
-                if point := re.match(r"step (\d+) episodic_return (\S+) SPS (\d+)", line):
-                    outcome.points.append((int(point[1]), float(point[2]), float(point[3])))
+                if point := re.match(r"step (\d+)(?: charts/episodic_return (\S+))? charts/SPS (\S+)", line):
+                    outcome.points.append((int(point[1]), float(point[2] or "nan"), float(point[3])))
                     if outcome.points[-1][1] >= until:
                         process.kill()
+                        break
                 elif memory := re.match(r"MB (.*)", line):
                     outcome.megabytes = float(memory[1])
         if process.returncode and until == np.inf:
@@ -302,13 +300,13 @@ def measure_phases(args: Args) -> list[dict]:
         phases = {
             "physics and task": [(MujocoVectorEnv, "step")],
             "normalisation": [(script.NormalizedEnv, "step")],
-            "inference": [(script.JointPolicy, "__init__"), (script.JointPolicy, "act")],
+            "inference": [(script.Policy, "act")],
             "GAE": [(script, "compute_gae")],
             "actors": [(script, f"{name}_update")],
             "critic": [(script, "critic_update")],
             "logging, progress bar": [(FileWriter, "add_summary"), (script.tqdm, "update")],
             "checkpoint": [(script, "save")],
-            "setup": [(script.envs, "make_vec"), (script, "describe_run"), (script.SummaryWriter, "__init__")],
+            "setup": [(script.envs, "make_vec"), (script.SummaryWriter, "__init__")],
             "storage and the rest": [(script, "main")],
         }
         runs = [profile(script, phases, args.num_threads) for _ in range(1 + args.repeats)][1:]  # the first warms up

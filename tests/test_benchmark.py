@@ -1,6 +1,5 @@
 """The benchmark's tools: records of runs, statistics, comparisons, and the runner on tiny jobs."""
 
-import fcntl
 import json
 import os
 import signal
@@ -12,13 +11,17 @@ from pathlib import Path
 import cloudpickle
 import numpy as np
 import pytest
+import torch
+from filelock import FileLock
 from scipy import stats
-from test_scripts import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 import plot
 import run as runner
+
+ROOT = runner.ROOT
 
 # Statistics
 
@@ -58,14 +61,14 @@ def test_difference():
 # Records
 
 
-def write_log(run_dir: Path, start: int, end: int, offset: float = 0.0, purge_step: int | None = None) -> None:
-    """A run's log from `start` to `end` in iterations of 2,000 steps: 1,000 steps a second, return = step / 1,000."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "run.jsonl", "a") as f:
+def write_log(run_dir: Path, start: int, end: int, offset: float = 0.0, speed: float = 1000.0) -> None:
+    """A run's log after `start` to `end` in iterations of 2,000 steps: return = step / 1,000."""
+    with open(f"{run_dir}.jsonl", "a") as f:
         f.write(json.dumps({"command": ["x"], "commit": "abc", "args": {"seed": 1}}) + "\n")
-    writer = SummaryWriter(str(run_dir), purge_step=purge_step)
-    for step in range(start, end + 1, 2000):
-        writer.add_scalar("charts/SPS", 1000.0, step)
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None)
+    writer.add_text("args", "- seed: 1", start)
+    for step in range(start + 2000, end + 1, 2000):
+        writer.add_scalar("charts/SPS", speed, step)  # since this start, as the scripts count it
         writer.add_scalar("charts/episodic_return", step / 1000 + offset, step)
         if step % 20_000 == 0:
             writer.add_scalar("eval/episodic_return", 2 * step / 1000 + offset, step)
@@ -73,25 +76,30 @@ def write_log(run_dir: Path, start: int, end: int, offset: float = 0.0, purge_st
 
 
 def test_record_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Killed at 30,000 after a checkpoint at 24,000: what came after the checkpoint does not count twice."""
+    """Killed at 30,000 after a checkpoint at 24,000, again at once, and at 40,000: no step or second counts twice."""
     run_dir = tmp_path / "runs" / "Ant-4x2__happo__1"
-    write_log(run_dir, 2000, 30_000, offset=500)  # as if the repetition had other values
+    run_dir.mkdir(parents=True)
+    write_log(run_dir, 0, 30_000, offset=500)  # as if the repetition had other values
     time.sleep(1.1)  # event files are read in the order of their names, which have the second
-    write_log(run_dir, 26_000, 50_000, purge_step=24_001)
+    write_log(run_dir, 24_000, 24_000)
+    time.sleep(1.1)
+    write_log(run_dir, 24_000, 40_000, speed=500.0)
+    time.sleep(1.1)
+    write_log(run_dir, 40_000, 50_000, speed=250.0)
     plot.record(tmp_path / "runs", tmp_path / "results")
     (results,) = plot.load(tmp_path / "results").values()
     run = results[0]
     assert (run.env_id, run.algorithm, run.seed) == ("Ant-4x2", "happo", 1)
     np.testing.assert_array_equal(run.columns["step"], [10_000, 20_000, 30_000, 40_000, 50_000])
-    np.testing.assert_array_equal(run.columns["seconds"], [10, 20, 30, 40, 50])
+    np.testing.assert_allclose(run.columns["seconds"], [10, 20, 24 + 12, 24 + 32, 56 + 40])
     # Means of the five iterations of a bin; 22,000 and 24,000 are from before the kill.
     expected = [506, 516, (522 + 524 + 26 + 28 + 30) / 5, 36, 46]
     np.testing.assert_allclose(run.columns["train_return"], expected)
     np.testing.assert_allclose(run.columns["eval_return"], [np.nan, 540, np.nan, 80, np.nan])
-    assert run.final_return == 80 and run.seconds == 50
+    assert run.final_return == 80 and run.seconds == 96
     described = json.loads((tmp_path / "results" / "runs.jsonl").read_text())
-    assert described["run"] == "Ant-4x2__happo__1" and described["starts"] == 2 and described["commit"] == "abc"
-    np.testing.assert_allclose(run.columns["steps_per_second"], 1000)
+    assert described["run"] == "Ant-4x2__happo__1" and described["starts"] == 4 and described["commit"] == "abc"
+    np.testing.assert_allclose(run.columns["steps_per_second"], [1000, 1000, 10_000 / 16, 500, 250])
 
 
 def test_long_runs_have_200_rows(tmp_path: Path):
@@ -108,17 +116,20 @@ def test_long_runs_have_200_rows(tmp_path: Path):
 
 
 def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """A directory that the runner has put aside, one without a log; nothing at all leaves earlier records alone."""
+    """Another name, no log, no directory at all; no runs at all leave earlier records alone."""
     runs, results = tmp_path / "runs", tmp_path / "results"
-    write_log(runs / "Ant-4x2__happo__1", 2000, 10_000)
-    write_log(runs / "Ant-4x2__happo__1.1234", 2000, 10_000)
+    runs.mkdir()
+    write_log(runs / "Ant-4x2__happo__1", 0, 10_000)
+    write_log(runs / "Ant-4x2__happo__1.1234", 0, 10_000)
     (runs / "Ant-4x2__happo__2").mkdir()
-    (runs / "Ant-4x2__happo__2" / "run.jsonl").write_text("{}")
+    (runs / "Ant-4x2__happo__2.jsonl").write_text("{}")
+    (runs / "Ant-4x2__happo__3.jsonl").write_text("{}")
     plot.record(runs, results)
     err = capsys.readouterr().err.splitlines()
     assert [line.split(runs.name + "/")[1] for line in err] == [
         "Ant-4x2__happo__1.1234 is not named <env id>__<algorithm>__<seed>",
         "Ant-4x2__happo__2 has no log",
+        "Ant-4x2__happo__3 has no log",
     ]
     assert [path.name for path in results.glob("*.csv")] == ["Ant-4x2__happo__1.csv"]
     plot.table(results)
@@ -131,13 +142,13 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_kill_in_mid_write(tmp_path: Path):
     """A log whose last event is torn is read up to there, and goes on where the run was resumed."""
-    write_log(tmp_path, 2000, 20_000)
-    (events,) = tmp_path.glob("events*")
+    write_log(tmp_path / "run", 0, 20_000)
+    (events,) = tmp_path.glob("run/events*")
     os.truncate(events, events.stat().st_size - 20)  # in the evaluation at 20,000
-    assert np.isnan(plot.read_log(tmp_path)["eval_return"]).all()
+    assert np.isnan(plot.read_log(tmp_path / "run")["eval_return"]).all()
     time.sleep(1.1)
-    write_log(tmp_path, 12_000, 20_000, purge_step=10_001)
-    columns = plot.read_log(tmp_path)
+    write_log(tmp_path / "run", 10_000, 20_000)
+    columns = plot.read_log(tmp_path / "run")
     np.testing.assert_allclose(columns["train_return"], [6, 16])
     np.testing.assert_allclose(columns["eval_return"], [np.nan, 40])
 
@@ -145,9 +156,10 @@ def test_a_kill_in_mid_write(tmp_path: Path):
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     """Records of three seeds of two algorithms; returns end at 80 and 180, plus the seed."""
+    (tmp_path / "runs").mkdir()
     for algorithm, offset in (("happo", 0), ("mappo", 100)):
         for seed in (1, 2, 3):
-            write_log(tmp_path / "runs" / f"Ant-4x2__{algorithm}__{seed}", 2000, 40_000, offset + seed)
+            write_log(tmp_path / "runs" / f"Ant-4x2__{algorithm}__{seed}", 0, 40_000, offset + seed)
     plot.record(tmp_path / "runs", tmp_path / "results")
     return tmp_path / "results"
 
@@ -189,7 +201,7 @@ def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
 
 # The runner
 
-TINY = "--num-envs 4 --num-steps 32 --hidden-sizes 8 --eval-episodes 0 --checkpoint-interval 2"
+TINY = "--num-envs 4 --num-steps 32 --hidden-sizes 8 --eval-episodes 0 --checkpoint-interval 256"
 
 
 cloudpickle.register_pickle_by_value(runner)  # jobs find it in a script, but not beside a test
@@ -198,7 +210,7 @@ cloudpickle.register_pickle_by_value(runner)  # jobs find it in a script, but no
 @pytest.fixture
 def run_jobs(tmp_path: Path, capsys: pytest.CaptureFixture):
     """The runner on job.toml: its exit code, and the lines that it printed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(**chosen: object) -> tuple[int, list[str]]:
         with pytest.raises(SystemExit) as stop:
@@ -217,64 +229,105 @@ def write_job(folder: Path, total: int, env_ids: str = '["Reacher-2x1"]', more: 
     (folder / "job.toml").write_text("\n".join(lines))
 
 
+def starts(run: Path) -> list[dict]:
+    """What the runner wrote down of a run's starts."""
+    return [json.loads(line) for line in Path(f"{run}.jsonl").read_text().splitlines()]
+
+
+def step_of(run: Path) -> int:
+    """How far the checkpoint of a run is."""
+    return torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+
+
 def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path, run_jobs):
-    """Two jobs, one of which fails; again without it: skipped; further: resumed; other flags: refused."""
+    """Two jobs, one of which fails; again without it: skipped; further: resumed; taken by another process: failed."""
     write_job(tmp_path, 512, env_ids='["Reacher-2x1", "Reacher-3x1"]')
     code, lines = run_jobs()
     run = tmp_path / "job" / "Reacher-2x1__happo__1"
     assert code == 1 and lines[0] == "2 jobs, 0 finished before" and lines[-1].endswith(" min, 1 failed")
-    (done,) = [line for line in lines if f"{run.name}: step 512 episodic_return -" in line]
-    assert " SPS " in done and " min" in done
+    (done,) = [line for line in lines if f"{run.name}: step 512 charts/episodic_return -" in line]
+    assert " charts/SPS " in done and " min" in done
     (failed,) = [line for line in lines if "Reacher-3x1__happo__1: FAILED with 2: error: " in line]
     assert f"(see {tmp_path}/job/Reacher-3x1__happo__1.log)" in failed
-    assert json.loads((run / "run.jsonl").read_text())["args"]["num_threads"] == 1
+    (start,) = starts(run)
+    assert start["command"][-2:] == ["--run-dir", str(run)] and start["args"]["run_dir"] == str(run)
+    assert start["args"]["num_envs"] == 4 and start["args"]["gamma"] == 0.99 and start["machine"]["threads"] == 1
+    assert start["versions"]["torch"] == torch.__version__
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert (start["commit"] or "").removesuffix("-dirty") == head.strip()
 
     write_job(tmp_path, 512)
     assert run_jobs() == (0, ["1 jobs, 1 finished before", "0 of 0 jobs in 0.0 min, 0 failed"])
 
     write_job(tmp_path, 768)
+    with FileLock(run / "lock"):  # as a script does that has outlived its runner
+        code, lines = run_jobs()
+    assert code == 1 and f"{run.name}: FAILED with 1: another process is at work on it" in lines[1]
+    assert step_of(run) == 512 and len(starts(run)) == 1
     assert run_jobs()[0] == 0
-    assert (run / "checkpoint_000000000768.pt").exists() and len((run / "run.jsonl").read_text().splitlines()) == 2
+    assert step_of(run) == 768 and [start["command"][-2] for start in starts(run)] == ["--run-dir", "--resume"]
+    speeds = {point.step: point.value for point in EventAccumulator(str(run)).Reload().Scalars("charts/SPS")}
+    assert plot.read_log(run)["seconds"] == pytest.approx([512 / speeds[512] + 256 / speeds[768]])
 
+
+def test_other_arguments_are_a_failure(tmp_path: Path, run_jobs):
+    """A run that was begun with other arguments is neither finished nor goes on; some may change, or be missing."""
+    run = tmp_path / "job" / "Reacher-2x1__happo__1"
+    run.mkdir(parents=True)
+    write_job(tmp_path, 512)
     (job,) = runner.read_jobs(tmp_path / "job.toml", tmp_path)
+    args = vars(job.args) | {"checkpoint_interval": 7, "run_dir": "elsewhere", "cuda": True}
+    del args["log_std_init"]  # as in a checkpoint of before there was this argument: it had the default
+    state = {"step": 512, "script": "happo_mamujoco", "args": args | {"what_was_once": 1}}
+    torch.save(state, run / "checkpoint.pt")
     assert job.is_finished()
-    write_job(tmp_path, 768, more='[[extra]]\nflags = "--gamma 0.9"')
-    (job,) = runner.read_jobs(tmp_path / "job.toml", tmp_path)
-    assert not job.is_finished()
-    with open(f"{run}.log") as log:  # as a script does that has outlived its runner
-        fcntl.flock(log, fcntl.LOCK_EX)
-        assert runner.train(run, job.command) == (1, "another process is at work on it", 0.0)
+    torch.save(state | {"step": 384}, run / "checkpoint.pt")
+    assert not job.is_finished()  # one more iteration fits
+    torch.save(state | {"script": "mappo_mamujoco"}, run / "checkpoint.pt")
+    with pytest.raises(ValueError, match="begun with script mappo_mamujoco, not happo_mamujoco"):
+        job.is_finished()
+    torch.save(state, run / "checkpoint.pt")
+    before = (run / "checkpoint.pt").read_bytes()
+    for total in (512, 1024):
+        write_job(tmp_path, total, more='[[extra]]\nflags = "--gamma 0.9"')
+        code, lines = run_jobs()
+        reason = f"begun with gamma 0.99, not 0.9; to start anew, move {run} away"
+        assert code == 1 and lines[:2] == [f"{run.name}: FAILED: {reason}", "1 jobs, 0 finished before"]
+        assert lines[2] == "0 of 0 jobs in 0.0 min, 1 failed"
+    write_job(tmp_path, 512, more='[[extra]]\nflags = "--agent-obsk 1"')
+    assert run_jobs()[1][0] == f"{run.name}: FAILED: {reason.replace('gamma 0.99, not 0.9', 'agent_obsk None, not 1')}"
+    assert (run / "checkpoint.pt").read_bytes() == before and list(run.iterdir()) == [run / "checkpoint.pt"]
+    (run / "checkpoint.pt").write_bytes(before[:100])
+    assert run_jobs()[1][0] == f"{run.name}: FAILED: {run}/checkpoint.pt cannot be read (RuntimeError)"
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the runner", "Ctrl-C in the terminal"])
 def test_runner_stops_and_goes_on(tmp_path: Path, how: str, run_jobs):
-    """The jobs save and stop; a directory without a checkpoint is put aside, not lost; then it goes on to the end."""
+    """The scripts end with it; a directory without a checkpoint is put aside, not lost; then it goes on to the end."""
     write_job(tmp_path, 128 * 100_000)
     run = tmp_path / "job" / "Reacher-2x1__happo__1"
     run.mkdir(parents=True)
     (run / "something").write_text("kept")
     command = [sys.executable, ROOT / "benchmark" / "run.py", tmp_path / "job.toml", "--runs", tmp_path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(run.glob("checkpoint_*.pt")):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    while not (run / "checkpoint.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None
     if how == "SIGTERM to the runner":
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == (143 if how == "SIGTERM to the runner" else 130)
-    stopped_at = int(max(run.glob("checkpoint_*.pt")).stem.split("_")[1])
-    assert out.splitlines()[1:3] == [
-        "stopping: the jobs save what they have; the same command goes on",
-        f"1/1 {run.name}: stopped: stopped at step {stopped_at}; to go on: --resume {run}",
-    ]
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (143 if how == "SIGTERM to the runner" else 130) and err == ""
+    assert out.splitlines()[1:] == ["stopped; the same command goes on from the latest checkpoints"]
+    with FileLock(run / "lock", timeout=10):  # the script has ended
+        stopped_at = step_of(run)
     assert [path.read_text() for path in tmp_path.glob("job/*/something")] == ["kept"]
     if how == "SIGTERM to the runner":
         write_job(tmp_path, stopped_at + 128)
         code, lines = run_jobs()
         assert code == 0 and f"{run.name}: step {stopped_at + 128} " in lines[1]
-        assert len((run / "run.jsonl").read_text().splitlines()) == 2
+        assert len(starts(run)) == 2
 
 
 def test_runner_runs_one_row_and_compares_it(tmp_path: Path, run_jobs, capsys: pytest.CaptureFixture):
@@ -337,6 +390,7 @@ def test_job_files_are_understood(name: str, tmp_path: Path):
     sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 5, "figure4": 6 * 3 * 5}
     assert len({job.run_dir for job in jobs}) == len(jobs) == sizes[name]
     for job in jobs:
-        shared, fixed = (f"__{job.args.exp_name.split('_')[0]}-{v}__" in job.run_dir.name for v in ("shared", "fixed"))
+        algorithm = Path(job.command[0]).stem.split("_")[0]
+        shared, fixed = (f"__{algorithm}-{v}__" in job.run_dir.name for v in ("shared", "fixed"))
         assert (getattr(job.args, "share_param", False), getattr(job.args, "fixed_order", False)) == (shared, fixed)
         assert job.args.total_timesteps >= 1_000_000 and job.args.num_threads == 1
