@@ -86,7 +86,7 @@ def test_a_copied_script_trains_and_resumes(script: Path, tmp_path: Path):
     evals = [event.value for event in log.Scalars("eval/episodic_return")]
     assert evals[-1] > -4  # doing nothing has 20 steps * 2 axes * E[x^2] = -13.3
     assert {event.value for event in log.Scalars("charts/episodic_length")} == {20.0}
-    assert -50 < min(event.value for event in log.Scalars("charts/episodic_return")) < 0
+    assert -900 < min(event.value for event in log.Scalars("charts/episodic_return")) < 0
 
     done = run(tmp_path, script, "--resume", "run", "--total-timesteps", 10_000)
     assert done.returncode == 0, done.stderr
