@@ -161,6 +161,8 @@ class NormalizedEnv:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, or in new episodes if that was not saved; `reset` comes first."""
+        if np.shape(state["sums"]) != self.sums.shape:
+            raise ValueError("another number of environments")
         for rms, saved in zip((self.obs_rms, self.return_rms), state["rms"], strict=True):
             rms.mean, rms.var, rms.count = map(np.array, saved)
         if state["vec"] is None:

@@ -8,7 +8,7 @@ the unnormalised discounted visitation (it sums to 1 / (1 - gamma)). Arrays over
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, permutations, product
 from typing import Any, NamedTuple
 
@@ -144,49 +144,44 @@ class TabularActor(nn.Module):
     def __init__(self, logits: ndarray, log: list[int] | None = None, name: int = 0) -> None:
         """Start from these logits; append `name` to `log` with every call."""
         super().__init__()
-        self.logits = nn.Parameter(torch.tensor(logits, dtype=torch.float64))
-        self.log, self.name = log, name
+        self.shape, self.log, self.name = logits.shape, log, name
+        self.theta = nn.Parameter(torch.tensor(logits, dtype=torch.float64).flatten())
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Observations [B, 2] to log-probabilities [B, A] and weights [B]."""
+        """Observations [B, 2] to logits [B, A] and weights [B]."""
         if self.log is not None:
             self.log.append(self.name)
-        weights = obs[:, 1] + 0 * self.logits.sum()  # in the graph, as HATRPO expects of all of a distribution
-        return torch.log_softmax(self.logits, -1)[obs[:, 0].long()], weights
+        weights = obs[:, 1] + 0 * self.theta.sum()  # in the graph, as HATRPO expects of all of a distribution
+        return self.theta.view(self.shape)[obs[:, 0].long()], weights
 
     @staticmethod
     def log_prob(dist: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
         """Log-probability of actions [B, 1]."""
-        return dist[0].gather(1, actions).squeeze(1)
+        return torch.log_softmax(dist[0], -1).gather(1, actions).squeeze(1)
 
     @staticmethod
     def entropy(dist: tuple[Tensor, Tensor]) -> Tensor:
         """Entropy in nats, times the weight, [B]."""
-        return -dist[1] * (dist[0].exp() * dist[0]).sum(-1)
+        log_probs = torch.log_softmax(dist[0], -1)
+        return -dist[1] * (log_probs.exp() * log_probs).sum(-1)
+
+    @staticmethod
+    def kl(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
+        """KL(old || new) in nats, times the weight, [B]."""
+        old_log_probs, log_probs = torch.log_softmax(old[0], -1), torch.log_softmax(new[0], -1)
+        return new[1] * (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1)
+
+    def logits(self) -> ndarray:
+        """A copy of the logits, [S, A]."""
+        return self.theta.detach().numpy().reshape(self.shape).copy()
 
     def policy(self) -> ndarray:
         """The probabilities, [S, A]."""
-        return softmax(self.logits.detach().numpy())
+        return softmax(self.logits())
 
 
-def categorical_kl(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
-    """KL(old || new) of `TabularActor`'s distributions in nats, times the weight, [B].
-
-    The second log_softmax changes no value: it makes the KL stationary in `new` at `old`, as Gauss-Newton needs it.
-    """
-    return new[1] * (old[0].exp() * (old[0] - torch.log_softmax(new[0], -1))).sum(-1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tabular() -> Iterator[None]:
-    """HATRPO takes the KL of its policies from a function of the module: give it the one of these policies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hatrpo, "gaussian_kl", categorical_kl)
-        yield
-
-
-def exact_batch(game: Game, policies: Sequence[ndarray], order: Sequence[int]) -> tuple[Any, Any, Any, Tensor]:
-    """Observations, actions, log-probabilities (lists, in the order given) and advantages of every (s, a), B rows.
+def exact_batch(game: Game, policies: Sequence[ndarray], order: Sequence[int]) -> tuple[Any, Any, Tensor]:
+    """Observations, actions (lists, in the order given) and advantages of every (s, a), B rows.
 
     The advantages are B rho(s) pi(a|s) A(s, a), so that the mean over the batch of ratio * M is the sum over s of
     rho(s) times the expectation over pi. The clipped objective is positively homogeneous in M and the update of M
@@ -197,13 +192,12 @@ def exact_batch(game: Game, policies: Sequence[ndarray], order: Sequence[int]) -
     weight = rows.shape[1] * (sol.rho.reshape(-1, *[1] * len(policies)) * prob).ravel()
     obs = torch.tensor(np.column_stack((rows[0], (1 - game.gamma) * weight)))
     actions = [torch.tensor(rows[i + 1][:, None]) for i in order]
-    logprobs = [torch.tensor(np.log(policies[i][rows[0], rows[i + 1]])) for i in order]
-    return [obs] * len(order), actions, logprobs, torch.tensor(weight * sol.A.ravel())
+    return [obs] * len(order), actions, torch.tensor(weight * sol.A.ravel())
 
 
 def run_happo(
     actors: Sequence[TabularActor], batch: tuple, args: happo.Args, seed: int = 0, optimizer: Callable = Adam
-) -> tuple[list[dict[str, Tensor]], Tensor]:
+) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """The shipped HAPPO, one optimizer per agent."""
     optimizers = [optimizer(actor.parameters(), lr=args.learning_rate) for actor in actors]
     return happo.happo_update(actors, optimizers, *batch, args, Generator().manual_seed(seed))
@@ -211,7 +205,7 @@ def run_happo(
 
 def run_hatrpo(
     actors: Sequence[TabularActor], batch: tuple, args: hatrpo.Args, seed: int = 0
-) -> tuple[list[dict[str, Tensor]], Tensor]:
+) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """The shipped HATRPO."""
     return hatrpo.hatrpo_update(actors, *batch, args, Generator().manual_seed(seed))
 
@@ -232,7 +226,7 @@ class Update(NamedTuple):
     new: list[ndarray]
     order: list[int]
     M: list[Tensor]
-    stats: list[dict[str, Tensor]]
+    stats: dict[int, dict[str, Tensor]]
     radius: float
 
 
@@ -248,7 +242,7 @@ def random_update(seed: int) -> Update:
     n, size, epochs = len(logits), 10 ** rng.uniform(-4, -0.5), int(rng.integers(1, 5))
     old = [softmax(rows) for rows in logits]
 
-    def run(agents: Sequence[int], fixed_order: bool) -> tuple[list[TabularActor], list, Tensor, list[int]]:
+    def run(agents: Sequence[int], fixed_order: bool) -> tuple[list[TabularActor], dict, Tensor, list[int]]:
         log: list[int] = []
         actors = [TabularActor(logits[i], log, i) for i in agents]
         batch = exact_batch(game, old, agents)
@@ -258,24 +252,24 @@ def random_update(seed: int) -> Update:
         else:
             args = hatrpo.Args(**TRUST_REGION, fixed_order=fixed_order, target_kl=size)
             stats, M = run_hatrpo(actors, batch, args, seed)
-            assert log[: len(actors)] == list(agents)  # the log-probabilities before any step
-            del log[: len(actors)]
+        assert log[: len(actors)] == list(agents)  # the log-probabilities before any step
+        del log[: len(actors)]
         return actors, stats, M, [i for i, _ in groupby(log)]
 
     actors, stats, last_M, order = run(range(n), fixed_order=False)
     assert sorted(order) == list(range(n))
-    M = [exact_batch(game, old, order)[3]]
+    M = [exact_batch(game, old, order)[-1]]
     for m in range(1, n):
         first, _, after, first_order = run(order[:m], fixed_order=True)
         assert first_order == order[:m]
-        assert all(torch.equal(actor.logits, actors[i].logits) for i, actor in zip(order[:m], first, strict=True))
+        assert all(torch.equal(actor.theta, actors[i].theta) for i, actor in zip(order[:m], first, strict=True))
         M.append(after)
     new = [actor.policy() for actor in actors]
     return Update(algorithm, game, solve(game, old), old, new, order, [*M, last_M], stats, size)
 
 
 @pytest.fixture(scope="module")
-def updates(tabular: None) -> list[Update]:
+def updates() -> list[Update]:
     """Many of them, half by HAPPO and half by HATRPO, for 2 and for 3 agents."""
     return [random_update(seed) for seed in range(360)]
 
@@ -496,8 +490,8 @@ def test_happo_is_gradient_ascent_on_the_clipped_surrogate(epsilon: float):
         old, order = [softmax(rows) for rows in logits], list(rng.permutation(n))
         sol, new = solve(game, old), list(old)
         actors = [TabularActor(rows) for rows in logits]
-        settings = CLIPPED | {"update_epochs": k % 5 + 1, "clip_coef": epsilon, "max_grad_norm": np.inf}
-        args = happo.Args(**settings, fixed_order=True, learning_rate=lr)
+        args = happo.Args(fixed_order=True, learning_rate=lr)
+        vars(args).update(CLIPPED | {"update_epochs": k % 5 + 1, "clip_coef": epsilon, "max_grad_norm": np.inf})
         run_happo([actors[i] for i in order], exact_batch(game, old, order), args, optimizer=SGD)
         for m, i in enumerate(order):
             weighted = joint([np.ones_like(pi) if j == i else pi for j, pi in enumerate(new)]) * sol.A
@@ -509,7 +503,7 @@ def test_happo_is_gradient_ascent_on_the_clipped_surrogate(epsilon: float):
                 clipped.append(np.mean(~counts))
                 g = np.moveaxis(weighted * counts, i + 1, 1).reshape(*pi.shape, -1).sum(-1)
                 expected += lr * sol.rho[:, None] * pi * (g - (pi * g).sum(1, keepdims=True))
-            np.testing.assert_allclose(actors[i].logits.detach(), expected, rtol=0, atol=1e-11)
+            np.testing.assert_allclose(actors[i].logits(), expected, rtol=0, atol=1e-11)
             if epsilon == 1e9:
                 objective = agent_objective(sol.Q, old, new, order[:m], i)
                 np.testing.assert_allclose(np.ptp(g - objective, axis=1), 0, rtol=0, atol=1e-11)
@@ -546,7 +540,7 @@ def test_hatrpo_step_is_the_natural_gradient():
                     break
                 reasons[too_little, too_far] += 1
             reasons[scale] += 1
-            moved = actors[i].logits.detach().numpy() - logits[i]
+            moved = actors[i].logits() - logits[i]
             np.testing.assert_allclose(moved, scale * step, rtol=0, atol=1e-6 * np.abs(step).max())
             new[i] = candidate
     # Full steps, rejected updates, and steps that only one of the two conditions refuses.

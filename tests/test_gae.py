@@ -5,7 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import mlp, update_of
 from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode
+from scipy import stats
 
 import envs
 import hatrpo_mamujoco as hatrpo
@@ -23,7 +26,8 @@ def gae_problem():
 
 def shipped_gae(script, problem, gamma, gae_lambda):
     """Run `compute_gae` in float64; return NumPy arrays."""
-    advantages, returns = script.compute_gae(*map(torch.tensor, problem), gamma, gae_lambda)
+    rewards, values, next_values, *ends = map(torch.tensor, problem)
+    advantages, returns = script.compute_gae(rewards, values, next_values, tuple(ends), gamma, gae_lambda)
     assert advantages.dtype == returns.dtype == torch.float64
     return advantages.numpy(), returns.numpy()
 
@@ -64,11 +68,13 @@ def test_gae_with_lambda_1_is_the_discounted_return(script):
 
 def test_gae_on_a_single_hand_computed_episode(script):
     """Two steps by hand: r = 1, 2; V = 3, 4; V' = 4, 5; gamma 0.5, lambda 0.5; truncated, then the same terminated."""
-    column = [torch.tensor(c, dtype=torch.float64)[:, None] for c in ([1, 2], [3, 4], [4, 5], [0, 0], [0, 1])]
-    truncated, _ = script.compute_gae(*column, 0.5, 0.5)
+    columns = [1, 2], [3, 4], [4, 5], [0, 0], [0, 1]
+    *column, terminations, truncations = (torch.tensor(c, dtype=torch.float64)[:, None] for c in columns)
+    ends = terminations, truncations
+    truncated, _ = script.compute_gae(*column, ends, 0.5, 0.5)
     assert truncated[:, 0].tolist() == [0.25 * 0.5, 0.5]  # deltas 1 + 2 - 3 = 0, 2 + 2.5 - 4 = 0.5
-    column[3][1] = 1
-    terminated, _ = script.compute_gae(*column, 0.5, 0.5)
+    terminations[1] = 1
+    terminated, _ = script.compute_gae(*column, ends, 0.5, 0.5)
     assert terminated[:, 0].tolist() == [0.25 * -2, -2]  # delta 2 - 4
 
 
@@ -83,7 +89,7 @@ PARTITION = envs.Partition(
 class TapeVec:
     """A vector environment that plays known tables back; `ends[t, e]` adds 1 for a termination, 2 for a truncation."""
 
-    unwrapped = property(lambda self: self)
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(self, num_steps, num_envs=3, seed=0):
         rng = np.random.default_rng(seed)
@@ -109,11 +115,7 @@ class TapeVec:
             for e in np.flatnonzero(done):
                 final_obs[e] = self.final_obs[t, e].copy()
             infos |= {"final_obs": final_obs, "_final_obs": done}
-            infos |= {"episode": {"r": np.full(self.num_envs, 7.0), "l": np.full(self.num_envs, 3)}, "_episode": done}
         return self.obs[t + 1].copy(), self.rewards[t].copy(), self.ends[t] % 2 > 0, self.ends[t] // 2 > 0, infos
-
-    def close(self):
-        pass
 
 
 def mean_and_var(samples):
@@ -124,84 +126,120 @@ def mean_and_var(samples):
     return mean, ((x**2).sum(0) + 1e-4) / total - mean**2
 
 
-def expected_rollout(vec, gamma, clip):
+def expected_rollout(vec, gamma):
     """What `NormalizedEnv` must make of the tables: obs [T + 1, ...], next_obs and rewards [T, ...]."""
     obs, next_obs, rewards, seen_returns = [], [], [], []
     discounted = np.zeros(vec.num_envs)
     for t in range(len(vec.rewards) + 1):
         mean, var = mean_and_var(list(vec.obs[: t + 1]))
-        obs.append(np.clip((vec.obs[t] - mean) / np.sqrt(var + 1e-8), -clip, clip))
+        obs.append(np.clip((vec.obs[t] - mean) / np.sqrt(var + 1e-8), -10, 10))
         if t == 0:
             continue
         done = vec.ends[t - 1] > 0
         led_to = np.where(done[:, None], vec.final_obs[t - 1], vec.obs[t])
-        next_obs.append(np.clip((led_to - mean) / np.sqrt(var + 1e-8), -clip, clip))
+        next_obs.append(np.clip((led_to - mean) / np.sqrt(var + 1e-8), -10, 10))
         discounted = gamma * discounted + vec.rewards[t - 1]
         seen_returns.append(discounted[:, None])
         _, (var,) = mean_and_var(seen_returns)
-        rewards.append(np.clip(vec.rewards[t - 1] / np.sqrt(var + 1e-8), -clip, clip))
+        rewards.append(np.clip(vec.rewards[t - 1] / np.sqrt(var + 1e-8), -10, 10))
         discounted = np.where(done, 0, discounted)
     return np.array(obs), np.array(next_obs), np.array(rewards)
 
 
-def test_running_mean_std_equals_numpy_over_everything_seen(script):
-    """Batches of different sizes, one of them a single sample; the prior counts as 1e-4 of a sample."""
-    rng = np.random.default_rng(0)
-    batches = [rng.normal([1, -5, 0], [2, 0.1, 3], (n, 3)) for n in (4, 1, 7, 1000, 3000)]
-    rms = script.RunningMeanStd(3)
-    for i, batch in enumerate(batches):
-        rms.update(torch.tensor(batch))
-        mean, var = mean_and_var(batches[: i + 1])
-        np.testing.assert_allclose(rms.mean, mean, rtol=1e-12)
-        np.testing.assert_allclose(rms.var, var, rtol=1e-9)
-        assert rms.count.item() == pytest.approx(sum(map(len, batches[: i + 1])) + 1e-4, abs=1e-9)
-    everything = np.concatenate(batches)
-    np.testing.assert_allclose(rms.mean, everything.mean(0), atol=1e-6)
-    np.testing.assert_allclose(rms.var, everything.var(0), rtol=1e-4)
-    assert set(rms.state_dict()) == {"mean", "var", "count"}
-    assert all(value.dtype == torch.float64 for value in rms.state_dict().values())
+def tape_with_outliers(num_steps):
+    """Tables in which one reward is so large that it is clipped, as some of the last observations are."""
+    vec = TapeVec(num_steps)
+    vec.rewards[-2, 1] = 1e4
+    return vec
 
 
-@pytest.mark.parametrize("clip", [1.0, 10.0])
-def test_step_returns_the_true_last_observation_and_the_next_first_one(script, clip):
+def test_step_returns_the_true_last_observation_and_the_next_first_one(script):
     """Observations, last observations and rewards, normalised with the statistics of all that came before and now."""
-    vec = TapeVec(num_steps=30)
+    vec = tape_with_outliers(num_steps=60)
     assert set(np.unique(vec.ends)) == {0, 1, 2, 3}
-    obs, next_obs, rewards = expected_rollout(vec, 0.9, clip)
-    assert (np.abs(next_obs) == clip).any() and (clip > 1 or (np.abs(rewards) == clip).any())
-    env = script.NormalizedEnv(vec, 0.9, torch.device("cpu"), clip)
+    obs, next_obs, rewards = expected_rollout(vec, 0.9)
+    assert (np.abs(next_obs) == 10).any() and (rewards == 10).any()
+    env = script.NormalizedEnv(vec, 0.9, torch.device("cpu"))
     np.testing.assert_allclose(env.reset(5), obs[0], atol=1e-5)
     assert vec.seed == 5
-    for t in range(30):
-        *result, infos = env.step(torch.zeros(3, 5))
+    for t in range(60):
+        result = env.step(torch.zeros(3, 5))
         assert all(x.dtype == torch.float32 for x in result)
-        for got, expected in zip(result, (obs[t + 1], next_obs[t], rewards[t]), strict=False):
-            np.testing.assert_allclose(got, expected, atol=1e-5)
-        assert (result[3].numpy() == vec.ends[t] % 2).all()
-        assert (result[4].numpy() == vec.ends[t] // 2).all()
-        assert ("_episode" in infos) == (vec.ends[t] > 0).any()
+        expected = obs[t + 1], next_obs[t], rewards[t], vec.ends[t] % 2, vec.ends[t] // 2
+        for got, value in zip(result, expected, strict=True):
+            np.testing.assert_allclose(got, value, atol=1e-5)
+        assert env.obs is result[0]
 
 
-def test_statistics_are_frozen_when_not_training(script):
-    """With training off nothing changes to the last bit, and what is seen is normalised with what was there."""
-    vec = TapeVec(num_steps=20)
+def test_episodes_are_added_up(script):
+    """Undiscounted return and length of every episode that ended, in the order of the ends."""
+    vec = TapeVec(num_steps=30)
     env = script.NormalizedEnv(vec, 0.9, torch.device("cpu"))
+    env.reset(0)
+    expected, first = [], [0] * 3
+    for t in range(30):
+        env.step(torch.zeros(3, 5))
+        for e in np.flatnonzero(vec.ends[t]):
+            expected.append([vec.rewards[first[e] : t + 1, e].sum(), t + 1 - first[e]])
+            first[e] = t + 1
+    np.testing.assert_allclose(env.episodes, expected, rtol=1e-12)
+
+
+def test_statistics_go_through_a_checkpoint(script):
+    """A copy made from the state of another goes on like that, to the last bit; the environments have no state here."""
+    vec = TapeVec(num_steps=40)
+    env, other = (script.NormalizedEnv(vec, 0.9, torch.device("cpu")) for _ in range(2))
+    env.reset(0)
+    for _ in range(20):
+        env.step(torch.zeros(3, 5))
+    vec.get_state, states = (lambda: {"t": vec.t}), []
+    vec.set_state = states.append
+    other.load_state_dict(env.state_dict())
+    assert states == [{"t": 20}] and torch.equal(env.obs, other.obs)
+    for _ in range(20):
+        expected = env.step(torch.zeros(3, 5))
+        vec.t -= 1
+        assert all(map(torch.equal, other.step(torch.zeros(3, 5)), expected))
+
+
+def test_evaluation_plays_first_episodes_and_changes_no_statistics(script):
+    """Without noise, normalised with what was there, each environment until its first end; nothing is changed by it."""
+    vec, eval_vec = TapeVec(num_steps=10), TapeVec(num_steps=40, seed=1)
+    env, seen = script.NormalizedEnv(vec, 0.9, torch.device("cpu")), []
     env.reset(0)
     for _ in range(10):
         env.step(torch.zeros(3, 5))
-    mean, var = mean_and_var(list(vec.obs[:11]))
-    return_std = env.return_rms.var.sqrt().item()
-    buffers = [env.returns, *env.obs_rms.buffers(), *env.return_rms.buffers()]
-    before = [b.clone() for b in buffers]
+    mean, var = mean_and_var(list(vec.obs))
+    before = env.state_dict()
 
-    env.training = False
-    np.testing.assert_allclose(env.reset(0), (vec.obs[0] - mean) / np.sqrt(var), atol=1e-5)
-    for t in range(20):
-        obs, _, rewards, *_ = env.step(torch.zeros(3, 5))
-        np.testing.assert_allclose(obs, (vec.obs[t + 1] - mean) / np.sqrt(var), atol=1e-5)
-        np.testing.assert_allclose(rewards, vec.rewards[t] / return_std, atol=1e-5)
-    after = [env.returns, *env.obs_rms.buffers(), *env.return_rms.buffers()]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    class Policy:
+        def act(self, obs, generator=None):
+            assert generator is None
+            seen.append(obs)
+            return torch.full((3, 5), -0.5)
+
+    result = script.evaluate(eval_vec, env, Policy(), 7)
+    assert eval_vec.seed == 1_000_007
+    last = [int(np.flatnonzero(eval_vec.ends[:, e])[0]) for e in range(3)]
+    assert len(set(last)) > 1 and len(seen) == max(last) + 1
+    normalized = np.clip((eval_vec.obs[: len(seen)] - mean) / np.sqrt(var + 1e-8), -10, 10)
+    np.testing.assert_allclose(torch.stack(seen), normalized, atol=1e-5)
+    np.testing.assert_allclose(eval_vec.actions, 0.75 * LOW + 0.25 * HIGH + np.zeros((len(seen), 3, 5)), rtol=1e-6)
+    returns = [eval_vec.rewards[: t + 1, e].sum() for e, t in enumerate(last)]
+    expected = {"": np.mean(returns), "_std": np.std(returns), "_min": min(returns), "_max": max(returns)}
+    expected = {f"eval/episodic_return{key}": value for key, value in expected.items()}
+    assert result == pytest.approx(expected | {"eval/episodic_length": np.mean(last) + 1})
+    after = env.state_dict()
+    assert torch.equal(before.pop("obs"), after.pop("obs")) and before == after
+
+
+def test_only_one_kind_of_autoreset_is_taken(script):
+    """With another, the first observation of an episode would be taken for the last of the one before."""
+    vec = TapeVec(num_steps=1)
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED, None):
+        vec.metadata = {"autoreset_mode": mode}
+        with pytest.raises(ValueError, match="SAME_STEP"):
+            script.NormalizedEnv(vec, 0.9, torch.device("cpu"))
 
 
 def test_actions_are_clipped_and_scaled_to_the_actuators_range(script):
@@ -225,17 +263,16 @@ def record_calls(monkeypatch, script, names):
     calls = []
 
     def copied(x):  # the loop writes over its buffers
-        return x.clone() if isinstance(x, torch.Tensor) else [copied(y) for y in x] if isinstance(x, list) else x
+        return x.clone() if isinstance(x, torch.Tensor) else tuple(map(copied, x)) if isinstance(x, tuple) else x
 
     def spy_on(name, shipped):
         def spy(*args):
             calls.append(call := {"name": name, "args": [copied(x) for x in args]})
-            if name == "critic_update":
-                call["lr"] = args[1].param_groups[0]["lr"]
-                call["critic"] = [p.detach().clone().double() for p in args[0].parameters()]
-            if name.endswith("po_update"):
-                call["actors"] = [[p.detach().clone().double() for p in actor.parameters()] for actor in args[0]]
-                call["lr"] = [o.param_groups[0]["lr"] for o in args[1]] if len(args) == 8 else None
+            if name != "compute_gae":
+                networks = args[0] if isinstance(args[0], list) else [args[0]]
+                call["thetas"] = [network.theta.detach().clone().double() for network in networks]
+                optimizers = args[1] if isinstance(args[1], list) else [args[1]]
+                call["lr"] = [o.param_groups[0]["lr"] for o in optimizers if isinstance(o, torch.optim.Optimizer)]
             call["result"] = shipped(*args)
             return call["result"]
 
@@ -244,13 +281,6 @@ def record_calls(monkeypatch, script, names):
     for name in names:
         spy_on(name, getattr(script, name))
     return calls
-
-
-def forward(layers, x):
-    """An MLP with ReLU from its [weight, bias, weight, bias, ...]."""
-    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
-        x = torch.relu(x @ weight.T + bias)
-    return x @ layers[-2].T + layers[-1]
 
 
 @pytest.mark.parametrize("share_param", [False, True], ids=["separate", "shared"])
@@ -262,18 +292,15 @@ def test_main_stores_and_passes_on_what_happened(script, share_param, monkeypatc
     vec = TapeVec(2 * num_steps)
     assert (vec.ends[:num_steps] == 3).any() and (vec.ends[num_steps - 1] > 0).any()
     monkeypatch.setattr(envs, "make_vec", lambda *_: vec)
-    monkeypatch.setattr(envs, "get_state", lambda _: {})
-    update = script.__name__.split("_")[0] + "_update"
+    update = update_of(script).__name__
     calls = record_calls(monkeypatch, script, ["compute_gae", update, "critic_update"])
-    args = script.Args(env_id="Tape-2", run_dir=str(tmp_path / "run"), num_envs=num_envs, num_steps=num_steps)
-    args.total_timesteps, args.gamma, args.gae_lambda = 2 * num_steps * num_envs, gamma, 0.7
-    args.eval_episodes = 0
-    args.share_param, args.hidden_sizes, args.anneal_lr, args.seed = share_param, (8, 7), True, 11
-    args.num_minibatches, args.critic_epochs, args.critic_learning_rate = 3, 2, 0.01
-    if script is hatrpo:  # steps so long that a second iteration with the first one's policy would show
-        args.target_kl = 0.1
-    else:
-        args.learning_rate, args.update_epochs = 0.05, 3
+    sizes = {"num_envs": num_envs, "num_steps": num_steps, "total_timesteps": 2 * num_steps * num_envs}
+    sizes |= {"num_minibatches": 3, "critic_epochs": 2, "hidden_sizes": (8, 7), "eval_episodes": 0}
+    settings = {"gamma": gamma, "gae_lambda": 0.7, "critic_learning_rate": 0.01, "anneal_lr": True, "seed": 11}
+    args = script.Args(**sizes, **settings, share_param=share_param, env_id="Tape-2", run_dir=str(tmp_path / "run"))
+    for key, value in {"target_kl": 0.1, "learning_rate": 0.05, "update_epochs": 3}.items():
+        if hasattr(args, key):  # steps so long that a second iteration with the first one's policy would show
+            setattr(args, key, value)
     try:
         script.main(args)
     finally:
@@ -281,38 +308,37 @@ def test_main_stores_and_passes_on_what_happened(script, share_param, monkeypatc
     assert vec.seed == 11
     assert [call["name"] for call in calls] == 2 * ["compute_gae", update, "critic_update"]
 
-    obs, next_obs, rewards = expected_rollout(vec, gamma, 10.0)
+    obs, next_obs, rewards = expected_rollout(vec, gamma)
     for iteration, (gae, actors, critic) in enumerate((calls[:3], calls[3:])):
         rows = slice(iteration * num_steps, (iteration + 1) * num_steps)
         b_obs = torch.tensor(obs[rows].reshape(-1, OBS_DIM))
 
         # Advantages: V of the true last observations, the flags apart from each other
-        values = forward(critic["critic"], torch.tensor(obs[rows]))[..., 0]
-        next_values = forward(critic["critic"], torch.tensor(next_obs[rows]))[..., 0]
-        expected = rewards[rows], values, next_values, vec.ends[rows] % 2, vec.ends[rows] // 2
-        assert gae["args"][5:] == [gamma, 0.7]
-        for got, value in zip(gae["args"][:5], expected, strict=True):
+        (theta,), inputs = critic["thetas"], torch.tensor(np.stack([obs[:-1], next_obs])[:, rows])
+        values = mlp(theta, inputs, (8, 7, 1))[0][..., 0]
+        expected = rewards[rows], *values, vec.ends[rows] % 2, vec.ends[rows] // 2
+        assert gae["args"][4:] == [gamma, 0.7]
+        for got, value in zip((*gae["args"][:3], *gae["args"][3]), expected, strict=True):
             np.testing.assert_allclose(got, value, atol=1e-4)
 
-        # Actors: own observations, own actions, own log-probabilities, one normalisation over the batch
-        agents_obs, agents_actions, agents_logprobs, advantages = actors["args"][-6:-2]
-        joint_actions = torch.zeros(num_steps * num_envs, 5)
+        # Actors: own observations, own actions, drawn by the policy before its update, one normalisation over the batch
+        agents_obs, agents_actions, advantages = actors["args"][-5:-2]
+        joint_actions, noise = torch.zeros(num_steps * num_envs, 5), []
         for i, (obs_ids, act_ids) in enumerate(zip(PARTITION.obs_ids, PARTITION.act_ids, strict=True)):
-            seen = b_obs[:, obs_ids]
+            seen = torch.zeros(len(b_obs), 4, dtype=torch.float64)
+            seen[:, : len(obs_ids)] = b_obs[:, obs_ids]
             if share_param:
-                id_ = torch.eye(2)[i].expand(len(seen), 2)
-                seen = torch.cat([seen, torch.zeros(len(seen), 4 - len(obs_ids)), id_], dim=1)
+                seen = torch.cat([seen, torch.eye(2)[[i] * len(seen)]], dim=1)
             np.testing.assert_allclose(agents_obs[i], seen, atol=1e-5)
-            log_std, *layers = actors["actors"][i]
+            mean, log_std = mlp(actors["thetas"][i], seen, (8, 7, 3))
             n = len(act_ids)
-            policy = torch.distributions.Normal(forward(layers, seen)[:, :n], log_std[:n].exp())
-            np.testing.assert_allclose(agents_logprobs[i], policy.log_prob(agents_actions[i]).sum(1), atol=1e-4)
+            noise.append((agents_actions[i] - mean[:, :n]) / log_std[:n].exp())
             joint_actions[:, act_ids] = agents_actions[i]
+        assert stats.kstest(torch.cat(noise, 1).flatten(), "norm").pvalue > 0.01
         applied = np.concatenate(vec.actions[rows])
         for a in range(5):
-            np.testing.assert_allclose(
-                applied[:, a], np.interp(joint_actions[:, a], [-1, 1], [LOW[a], HIGH[a]]), atol=1e-5
-            )
+            expected = np.interp(joint_actions[:, a], [-1, 1], [LOW[a], HIGH[a]])
+            np.testing.assert_allclose(applied[:, a], expected, atol=1e-5)
         raw = gae["result"][0].double().flatten()
         np.testing.assert_allclose(advantages, (raw - raw.mean()) / raw.std(), atol=1e-5)
 
@@ -321,5 +347,5 @@ def test_main_stores_and_passes_on_what_happened(script, share_param, monkeypatc
         np.testing.assert_allclose(critic["args"][3], gae["result"][1].flatten(), atol=0)
 
         # Learning rates: 1, then 1/2
-        assert critic["lr"] == pytest.approx(args.critic_learning_rate * (1 - iteration / 2))
-        assert actors["lr"] is None or actors["lr"] == pytest.approx([0.05 * (1 - iteration / 2)] * 2)
+        assert critic["lr"] == pytest.approx([args.critic_learning_rate * (1 - iteration / 2)])
+        assert actors["lr"] == pytest.approx([0.05 * (1 - iteration / 2)] * (0 if script is hatrpo else 2))

@@ -6,14 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import update_of
 
 
 def final_return(script: ModuleType, run_dir: Path, capsys: pytest.CaptureFixture) -> float:
-    """Mean return of the last 20 training episodes of a short run on Hopper-3x1."""
-    script.main(
-        script.Args(env_id="Hopper-3x1", total_timesteps=20_000, num_steps=50, num_threads=1, run_dir=str(run_dir))
-    )
-    return float(re.findall(r"episodic_return (\S+)", capsys.readouterr().out)[-1])
+    """Mean return of the training episodes that end in the last of 20 iterations on Hopper-3x1."""
+    args = {"total_timesteps": 20_000, "num_steps": 50, "num_threads": 1, "eval_episodes": 0}
+    script.main(script.Args(env_id="Hopper-3x1", run_dir=str(run_dir), **args))
+    return float(re.findall(r"charts/episodic_return (\S+)", capsys.readouterr().out)[-1])
 
 
 def test_learns_what_a_policy_without_m_does_not(
@@ -21,15 +21,14 @@ def test_learns_what_a_policy_without_m_does_not(
 ):
     """20,000 steps of Hopper-3x1 pass a return of 120; with M = 0 the policy stays random, below 50."""
     learned = final_return(script, tmp_path / "learned", capsys)
-    name = script.__name__.split("_")[0] + "_update"
-    update = getattr(script, name)
+    update = update_of(script)
 
     def with_zero_m(*args: object):
         *batch, advantages, hyperparameters, generator = args
         zeros = [torch.zeros_like(a) for a in advantages] if script.__name__.startswith("ippo") else 0 * advantages
         return update(*batch, zeros, hyperparameters, generator)
 
-    monkeypatch.setattr(script, name, with_zero_m)
+    monkeypatch.setattr(script, update.__name__, with_zero_m)
     random = final_return(script, tmp_path / "random", capsys)
     assert learned > 120
     assert random < 50

@@ -13,54 +13,41 @@ from torch.func import functional_call, grad, jacrev
 
 import hatrpo_mamujoco as hatrpo
 
-
-@pytest.fixture(autouse=True, scope="module")
-def float64():
-    """Let everything here be made in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
-def make_actor(seed, obs_dim=3, act_dim=2, hidden_sizes=(5, 4)):
-    """An actor with all parameters random; one agent's view of a shared network where `act_dim` has two numbers."""
-    own_dim, full_dim = act_dim if isinstance(act_dim, tuple) else (act_dim, act_dim)
+def make_actor(seed, obs_dim=3, act_dim=2, max_act_dim=None, hidden_sizes=(5, 4)):
+    """An actor with all parameters random, which uses the first `act_dim` of `max_act_dim` outputs."""
     generator = torch.Generator().manual_seed(seed)
-    actor = hatrpo.Actor(obs_dim, full_dim, hidden_sizes, generator)
-    actor.act_dim = own_dim
+    actor = hatrpo.Actor(obs_dim, max_act_dim or act_dim, hatrpo.Args(hidden_sizes=hidden_sizes), generator)
+    actor.act_dim = act_dim
     return randomize(actor, generator)
 
 
 def randomize(actor, generator):
     """Draw all the parameters anew."""
-    with torch.no_grad():
-        for parameter in actor.parameters():
-            parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator))
+    actor.theta.data.copy_(0.6 * torch.randn(actor.theta.shape, generator=generator))
     return actor
 
 
 def make_batch(actor, seed, size=16):
     """Observations, actions drawn by the actor, their log-probabilities and random weights M."""
     generator = torch.Generator().manual_seed(seed)
-    obs = torch.randn(size, actor.net[0].in_features, generator=generator)
+    obs = torch.randn(size, actor.shapes[0][0], generator=generator)
     dist = policy(actor, obs)
     actions = dist.mean + dist.stddev * torch.randn(dist.mean.shape, generator=generator)
-    return obs, actions, dist.log_prob(actions).detach(), torch.randn(size, generator=generator)
+    return obs, actions, dist.log_prob(actions), torch.randn(size, generator=generator)
 
 
 def flatten(actor):
-    """All parameters in one vector."""
-    return torch.cat([p.detach().flatten() for p in actor.parameters()])
+    """A copy of all parameters."""
+    return actor.theta.detach().clone()
 
 
-def policy(actor, obs, flat=None):
-    """The actor's distribution as PyTorch's, at its own parameters or at those in a vector."""
-    shapes = {name: p.shape for name, p in actor.named_parameters()}
-    if flat is None:
-        flat = flatten(actor)
-    pieces = flat.split([shape.numel() for shape in shapes.values()])
-    named = {name: x.view(shape) for (name, shape), x in zip(shapes.items(), pieces, strict=True)}
-    mean, log_std = functional_call(actor, named, (obs,))
+def policy(actor, obs, theta=None):
+    """The actor's distribution as PyTorch's, at its own parameters or at others."""
+    theta = flatten(actor) if theta is None else theta
+    mean, log_std = functional_call(actor, {"theta": theta}, (obs,))
     return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
 
 
@@ -86,7 +73,7 @@ def matrix_of(product, dim):
 ACTORS = {
     "two hidden layers": {},
     "one hidden layer": {"hidden_sizes": (6,), "obs_dim": 2, "act_dim": 3},
-    "shared network": {"act_dim": (1, 3), "obs_dim": 4},
+    "fewer actions than others": {"act_dim": 1, "max_act_dim": 3, "obs_dim": 4},
 }
 each_actor = pytest.mark.parametrize("sizes", ACTORS.values(), ids=ACTORS)
 
@@ -103,9 +90,9 @@ def test_fisher_vector_product_is_the_hessian_of_the_mean_kl(sizes):
         torch.testing.assert_close(H, H.T, rtol=1e-10, atol=1e-12)
         eigenvalues = torch.linalg.eigvalsh(H)
         assert eigenvalues.min() > -1e-12 * eigenvalues.max()
-        own = actor.act_dim  # the first parameter is log_std; of a unit Gaussian's KL its second derivative is 2
-        block = torch.diag(torch.tensor([2.0] * own + [0.0] * (len(actor.log_std) - own)))
-        torch.testing.assert_close(H[: len(block), : len(block)], block, rtol=0, atol=1e-12)
+        own, n = actor.act_dim, actor.max_act_dim  # log_std comes last; a Gaussian KL's second derivative in it is 2
+        block = torch.diag(torch.tensor([2.0] * own + [0.0] * (n - own)))
+        torch.testing.assert_close(H[-n:, -n:], block, rtol=0, atol=1e-12)
 
 
 @each_actor
@@ -276,7 +263,9 @@ def make_args(**changed):
     """Every setting that a step reads; conjugate gradient runs to convergence on these small networks."""
     search = {"target_kl": 0.01, "backtrack_coeff": 0.8, "backtrack_iters": 10, "accept_ratio": 0.5}
     solver = {"cg_iters": 200, "cg_damping": 0.1, "fisher_stride": 1, "ent_coef": 0.0}
-    return hatrpo.Args(**(search | solver | changed))
+    args = hatrpo.Args()
+    vars(args).update(search | solver | changed)  # also out of range
+    return args
 
 
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])
@@ -339,7 +328,7 @@ def test_no_step_ever_leaves_the_trust_region():
     for seed in range(2000):
         actor = randomize(actors[seed % 2], torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            actor.log_std.add_(float(rng.choice([-2, 0, 1])))
+            actor.theta[-actor.act_dim :].add_(float(rng.choice([-2, 0, 1])))
         batch = make_batch(actor, seed, 8)
         batch[3].mul_(10 ** rng.uniform(-4, 4)).add_(rng.choice([0, 1]))
         args = make_args(
@@ -375,10 +364,9 @@ def test_rejected_step_changes_nothing(dtype):
     """Asked for more gain than there can be: parameters bit-identical; KL and gain of what was kept, which are 0."""
     actor = make_actor(0).to(dtype)
     batch = [x.to(dtype) for x in make_batch(make_actor(0), 0)]
-    old = [p.detach().clone() for p in actor.parameters()]
+    old = flatten(actor)
     stats = hatrpo.trpo_step(actor, *batch, make_args(accept_ratio=1e6))
-    assert all(torch.equal(p, q) for p, q in zip(actor.parameters(), old, strict=True))
-    assert all(p.dtype == dtype and p.shape == q.shape for p, q in zip(actor.parameters(), old, strict=True))
+    assert torch.equal(actor.theta, old) and actor.theta.dtype == dtype
     assert (stats["accepted"], stats["kl"], stats["surrogate_gain"], stats["backtracks"]) == (0, 0, 0, 10)
     assert stats["expected_gain"] > 0
 

@@ -1,13 +1,15 @@
 """The updates of actors and critic against PPO and TRPO from scratch, and the factor M that links the agents."""
 
+import inspect
 from collections import Counter
 from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
 import torch
+from conftest import mlp, update_of
 from scipy import stats as scipy_stats
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import happo_mamujoco as happo
 import hatrpo_mamujoco as hatrpo
@@ -15,54 +17,44 @@ import ippo_mamujoco as ippo
 import mappo_mamujoco as mappo
 from envs import Partition
 
+pytestmark = pytest.mark.usefixtures("float64")
 each_clipping = pytest.mark.parametrize("script", [mappo, happo, ippo], ids=["mappo", "happo", "ippo"])
 each_sequential = pytest.mark.parametrize("script", [happo, hatrpo], ids=["happo", "hatrpo"])
 each_split = pytest.mark.parametrize("num_minibatches", [1, 4])
 
 SIZES = [(3, 2), (5, 1), (2, 3)]  # observation and action of three agents
+HIDDEN = (6, 5)
 BATCH = 32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def float64():
-    """Let everything here be made in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Oracles, on a network's vector theta
 
 
-# Oracles: plain tensors in the order [log_std, weight, bias, weight, bias, ...]
-
-
-def gaussian(params, obs, act_dim=None):
-    """The policy of an MLP with ReLU; the first `act_dim` actions of a shared network."""
-    log_std, *layers = params
-    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
-        obs = (obs @ weight.T + bias).clamp(min=0)
-    mean = obs @ layers[-2].T + layers[-1]
+def gaussian(theta, obs, act_dim=None):
+    """The policy of an MLP with ReLU; the first `act_dim` actions."""
+    outputs = (len(theta) - (obs.shape[-1] + 1) * HIDDEN[0] - (HIDDEN[0] + 1) * HIDDEN[1]) // (HIDDEN[1] + 2)
+    mean, log_std = mlp(theta, obs, (*HIDDEN, outputs))
     return Independent(Normal(mean[..., :act_dim], log_std[:act_dim].exp(), validate_args=False), 1)
 
 
-def copies(module):
-    """A module's parameters as plain tensors."""
-    return [p.detach().clone() for p in module.parameters()]
+def copies(modules):
+    """The thetas of modules as plain tensors."""
+    return [module.theta.detach().clone() for module in modules]
 
 
 def assert_equal(modules, expected, tolerance=1e-9):
-    """Assert that modules have these parameters."""
-    for module, params in zip(modules, expected, strict=True):
-        torch.testing.assert_close(copies(module), list(params), rtol=tolerance, atol=tolerance)
+    """Assert that modules have these thetas."""
+    torch.testing.assert_close(copies(modules), list(expected), rtol=tolerance, atol=tolerance)
 
 
 def adam_step(adam, loss, max_grad_norm):
     """One step of Adam; a gradient longer than `max_grad_norm` is scaled down to it."""
-    params = adam.param_groups[0]["params"]
+    (theta,) = adam.param_groups[0]["params"]
     adam.zero_grad()
     loss.backward()
-    norm = sum((p.grad**2).sum() for p in params).sqrt()
+    norm = theta.grad.square().sum().sqrt()
     if norm > max_grad_norm:
-        for p in params:
-            p.grad *= max_grad_norm / (norm + 1e-6)  # PyTorch's 1e-6
+        theta.grad *= max_grad_norm / (norm + 1e-6)  # PyTorch's 1e-6
     adam.step()
     return norm
 
@@ -75,35 +67,43 @@ def clipped_loss(dist, data, M, args):
     return -(bounded * M).mean() - args.ent_coef * dist.entropy().mean()
 
 
-def ppo(params, data, M, args, batches):
-    """PPO of one agent on these minibatches; return the new parameters."""
-    params = [p.clone().requires_grad_() for p in params]
-    adam = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, foreach=False, fused=False)
+def ppo(theta, data, M, args, batches):
+    """PPO of one agent on these minibatches; return the new theta."""
+    theta = theta.clone().requires_grad_()
+    adam = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, foreach=False, fused=False)
     for mb in batches:
         own = [x[mb] for x in data]
-        adam_step(adam, clipped_loss(gaussian(params, own[0]), own, M[mb], args), args.max_grad_norm)
-    return [p.detach() for p in params]
+        adam_step(adam, clipped_loss(gaussian(theta, own[0]), own, M[mb], args), args.max_grad_norm)
+    return theta.detach()
 
 
-def trpo(params, data, M, args):
-    """TRPO of one agent with the explicit Hessian and a dense solver; return the parameters and j (None: rejected)."""
-    obs, actions, _ = data
-    shapes = [p.shape for p in params]
-    theta = torch.cat([p.flatten() for p in params])
+def assert_stats_are_of(stats, theta, data, M, args):
+    """What is logged of an agent is of the whole batch, and of its policy `theta`."""
+    dist = gaussian(theta, data[0])
+    logratio, entropy = dist.log_prob(data[1]) - data[2], dist.entropy().mean()
+    expected = {
+        "policy_loss": clipped_loss(dist, data, M, args) + args.ent_coef * entropy,
+        "entropy": entropy,
+        "approx_kl": (logratio.exp() - 1 - logratio).mean(),
+        "clip_fraction": sum(abs(r - 1) > args.clip_coef for r in logratio.exp()) / len(M),
+    }
+    for key, value in expected.items():
+        assert stats[key].item() == pytest.approx(value.item(), rel=1e-7, abs=1e-9), key
+    assert not any(value.requires_grad for value in stats.values())
 
-    def unflatten(flat):
-        return [x.view(s) for x, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
 
-    old, rows = gaussian(params, obs), slice(None, None, args.fisher_stride)
-    old_rows = gaussian(params, obs[rows])
+def trpo(theta, data, M, args, policy=gaussian):
+    """TRPO of one agent with the explicit Hessian and a dense solver; return theta and j (None: rejected)."""
+    obs, actions, logprobs = data
+    rows = slice(None, None, args.fisher_stride)
+    old, old_rows = policy(theta, obs), policy(theta, obs[rows])
 
-    def objective(flat):
-        dist = gaussian(unflatten(flat), obs)
-        ratio = (dist.log_prob(actions) - old.log_prob(actions)).exp()
-        return (ratio * M).mean() + args.ent_coef * dist.entropy().mean()
+    def objective(new):
+        dist = policy(new, obs)
+        return ((dist.log_prob(actions) - logprobs).exp() * M).mean() + args.ent_coef * dist.entropy().mean()
 
-    def mean_kl(flat):
-        return kl_divergence(old_rows, gaussian(unflatten(flat), obs[rows])).mean()
+    def mean_kl(new):
+        return kl_divergence(old_rows, policy(new, obs[rows])).mean()
 
     g = torch.autograd.functional.jacobian(objective, theta)
     H = torch.autograd.functional.hessian(mean_kl, theta)
@@ -112,10 +112,10 @@ def trpo(params, data, M, args):
     for j in range(args.backtrack_iters + 1):
         length = args.backtrack_coeff**j * beta
         new = theta + length * x
-        kl = kl_divergence(old, gaussian(unflatten(new), obs)).mean()
+        kl = kl_divergence(old, policy(new, obs)).mean()
         if objective(new) - objective(theta) >= args.accept_ratio * length * (x @ g) and kl <= args.target_kl:
-            return unflatten(new), j
-    return params, None
+            return new, j
+    return theta, None
 
 
 # Problems
@@ -124,16 +124,15 @@ def trpo(params, data, M, args):
 class Problem:
     """Actors with random parameters, a batch that they drew, and random advantages."""
 
-    def __init__(self, script, sizes=SIZES, batch=BATCH, seed=0, hidden_sizes=(6, 5)):
+    def __init__(self, script, sizes=SIZES, batch=BATCH, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        self.script, self.actors = script, [script.Actor(o, a, hidden_sizes, generator) for o, a in sizes]
-        with torch.no_grad():
-            for actor in self.actors:
-                for p in actor.parameters():
-                    p.copy_(0.5 * torch.randn(p.shape, generator=generator))
-        self.old = [copies(actor) for actor in self.actors]
+        args = script.Args(hidden_sizes=HIDDEN)
+        self.script, self.actors = script, [script.Actor(o, a, args, generator) for o, a in sizes]
+        for actor in self.actors:
+            actor.theta.data.copy_(0.5 * torch.randn(actor.theta.shape, generator=generator))
+        self.old = copies(self.actors)
         self.obs = [torch.randn(batch, o, generator=generator) for o, _ in sizes]
-        dists = [gaussian(params, obs) for params, obs in zip(self.old, self.obs, strict=True)]
+        dists = [gaussian(theta, obs) for theta, obs in zip(self.old, self.obs, strict=True)]
         self.actions = [d.mean + d.stddev * torch.randn(d.mean.shape, generator=generator) for d in dists]
         self.logprobs = [d.log_prob(a) for d, a in zip(dists, self.actions, strict=True)]
         self.advantages = torch.randn(batch, generator=generator)
@@ -147,18 +146,20 @@ class Problem:
         settings = {"lr": args.learning_rate, "eps": 1e-5, "fused": True} if kind is torch.optim.Adam else {}
         return [kind(actor.parameters(), **(settings | changed)) for actor in self.actors]
 
-    def update(self, args, optimizers=None, seed=0, agents=slice(None)):
-        """Call the script's update of (some of) the agents."""
-        lists = [x[agents] for x in (self.actors, self.obs, self.actions, self.logprobs)]
-        if self.script is not hatrpo:
-            lists.insert(1, (optimizers or self.optimizers(args))[agents])
-        update = getattr(self.script, self.script.__name__.split("_")[0] + "_update")
-        advantages = [self.advantages] * len(lists[0]) if self.script is ippo else self.advantages
-        return update(*lists, advantages, args, torch.Generator().manual_seed(seed))
+    def update(self, args, optimizers=None, generator=None, agents=slice(None)):
+        """Call the script's update of (some of) the agents, in the order given; return what is logged, and M or A."""
+        agents = range(len(self.actors))[agents] if isinstance(agents, slice) else agents
+        update, lists = update_of(self.script), [self.actors, self.obs, self.actions]
+        if "optimizers" in inspect.signature(update).parameters:
+            lists.insert(1, optimizers or self.optimizers(args))
+        lists = [[x[i] for i in agents] for x in lists]
+        advantages = [self.advantages] * len(agents) if self.script is ippo else self.advantages
+        result = update(*lists, advantages, args, generator or torch.Generator().manual_seed(0))
+        return result if isinstance(result, tuple) else (result, self.advantages)
 
     def ratio(self, i):
         """What the agent's present policy makes of its actions, over the policy that drew them."""
-        return (gaussian(copies(self.actors[i]), self.obs[i]).log_prob(self.actions[i]) - self.logprobs[i]).exp()
+        return (gaussian(*copies([self.actors[i]]), self.obs[i]).log_prob(self.actions[i]) - self.logprobs[i]).exp()
 
 
 # Every setting that an update reads, so that the scripts' defaults may change; what a script does not know is left out.
@@ -171,8 +172,12 @@ SETTINGS = {
 
 
 def make_args(script, **changed):
-    """Arguments of a script: `SETTINGS`, but for what is changed."""
-    return script.Args(**{key: value for key, value in (SETTINGS | changed).items() if hasattr(script.Args, key)})
+    """Arguments of a script: `SETTINGS`, but for what is changed, which may be out of range."""
+    args = script.Args()
+    for key, value in (SETTINGS | changed).items():
+        if hasattr(args, key):
+            setattr(args, key, value)
+    return args
 
 
 def record_minibatches(monkeypatch, script):
@@ -209,7 +214,7 @@ def record_agents(monkeypatch, problem):
 def test_clipping_by_its_four_cases(script):
     """The ratio counts within its bounds; beyond them only where it hurts: then there is a gradient, otherwise none."""
     problem = Problem(script, batch=1)
-    actor, params, (obs, actions, _) = problem.actors[0], problem.old[0], problem.data(0)
+    actor, theta, (obs, actions, _) = problem.actors[0], problem.old[0].requires_grad_(), problem.data(0)
     cases = [  # M, ratio, what is earned, whether a gradient is left
         (1.0, 1.5, 1.2, False),
         (1.0, 1.1, 1.1, True),
@@ -223,17 +228,16 @@ def test_clipping_by_its_four_cases(script):
         (-3.0, 7.0, -21.0, True),
     ]
     for M, ratio, earned, moves in cases:
-        logprobs = gaussian(params, obs).log_prob(actions) - np.log(ratio)
-        loss, stats = script.ppo_loss(actor, obs, actions, logprobs, torch.tensor([M]), 0.2, 0.0)
+        logprob = gaussian(theta, obs).log_prob(actions)
+        data = obs, actions, logprob.detach() - np.log(ratio)
+        loss, got_ratio, stats = script.ppo_loss(actor, *data, torch.tensor([M]), 0.2, 0.0)
         assert loss.item() == pytest.approx(-earned, rel=1e-12)
-        assert stats["ratio"].item() == pytest.approx(ratio, rel=1e-12)
+        assert got_ratio.item() == pytest.approx(ratio, rel=1e-12)
         assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - np.log(ratio), rel=1e-12)
         assert stats["clip_fraction"].item() == (abs(ratio - 1) > 0.2)
-        gradients = torch.autograd.grad(loss, list(actor.parameters()))
-        leaves = [p.clone().requires_grad_() for p in params]
-        logprob = gaussian(leaves, obs).log_prob(actions)[0]
-        expected = [-M * ratio * moves * g for g in torch.autograd.grad(logprob, leaves)]
-        torch.testing.assert_close(list(gradients), expected, rtol=1e-10, atol=1e-12)
+        (gradient,) = torch.autograd.grad(loss, actor.theta)
+        expected = -M * ratio * moves * torch.autograd.grad(logprob, theta)[0]
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 @each_clipping
@@ -241,12 +245,12 @@ def test_ratio_is_joint_over_the_action_dimensions(script):
     """One dimension twice, the other half as likely: the action's ratio is 1 and nothing is clipped; 4/3 twice is."""
     problem = Problem(script, batch=1)
     actor, (obs, actions, _) = problem.actors[0], problem.data(0)
-    per_dimension = gaussian(copies(actor), obs).base_dist.log_prob(actions)
+    per_dimension = gaussian(problem.old[0], obs).base_dist.log_prob(actions)
     for ratios, earned in (((2.0, 0.5), 1.0), ((4 / 3, 4 / 3), 1.5), ((0.5, 0.5), 0.25)):
         logprobs = (per_dimension - torch.tensor([ratios]).log()).sum(-1)
-        loss, stats = script.ppo_loss(actor, obs, actions, logprobs, torch.ones(1), 0.5, 0.0)
+        loss, ratio, _ = script.ppo_loss(actor, obs, actions, logprobs, torch.ones(1), 0.5, 0.0)
         assert loss.item() == pytest.approx(-earned, rel=1e-12)
-        assert stats["ratio"].item() == pytest.approx(np.prod(ratios), rel=1e-12)
+        assert ratio.item() == pytest.approx(np.prod(ratios), rel=1e-12)
 
 
 @each_clipping
@@ -257,24 +261,20 @@ def test_loss_and_its_gradient_on_a_batch(script):
         obs, actions, logprobs = problem.data(i)
         logprobs = logprobs + 0.5 * torch.randn(200, generator=torch.Generator().manual_seed(i))
         M = problem.advantages
-        loss, stats = script.ppo_loss(actor, obs, actions, logprobs, M, args.clip_coef, args.ent_coef)
-        leaves = [p.clone().requires_grad_() for p in problem.old[i]]
-        dist = gaussian(leaves, obs)
+        loss, ratio, stats = script.ppo_loss(actor, obs, actions, logprobs, M, args.clip_coef, args.ent_coef)
+        theta = problem.old[i].requires_grad_()
+        dist = gaussian(theta, obs)
         expected = clipped_loss(dist, (obs, actions, logprobs), M, args)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            torch.autograd.grad(loss, list(actor.parameters())), torch.autograd.grad(expected, leaves)
-        )
+        torch.testing.assert_close(torch.autograd.grad(loss, actor.theta), torch.autograd.grad(expected, theta))
         logratio = (dist.log_prob(actions) - logprobs).detach().numpy()
-        ratio = np.exp(logratio)
         entropy = dist.entropy()[0].item()
         assert stats["policy_loss"].item() == pytest.approx(expected.item() + 0.07 * entropy, rel=1e-12)
         assert stats["entropy"].item() == pytest.approx(entropy, rel=1e-12)
-        assert stats["approx_kl"].item() == pytest.approx(np.mean(ratio - 1 - logratio), rel=1e-10)
-        assert stats["clip_fraction"].item() == pytest.approx(np.mean(np.abs(ratio - 1) > 0.3))
+        assert stats["approx_kl"].item() == pytest.approx(np.mean(np.exp(logratio) - 1 - logratio), rel=1e-10)
+        assert stats["clip_fraction"].item() == pytest.approx(np.mean(np.abs(np.exp(logratio) - 1) > 0.3))
         assert 0.1 < stats["clip_fraction"] < 0.9
-        assert stats["ratio"].item() == pytest.approx(ratio.mean(), rel=1e-12)
-        assert not any(value.requires_grad for value in stats.values())
+        np.testing.assert_allclose(ratio.detach(), np.exp(logratio), rtol=1e-12)
 
 
 @each_clipping
@@ -284,11 +284,11 @@ def test_entropy_bonus_is_a_mean_over_the_batch(script, batch):
     problem = Problem(script, batch=batch)
     actor, data = problem.actors[2], problem.data(2)
     losses = [script.ppo_loss(actor, *data, torch.zeros(batch), 0.2, c)[0] for c in (0.0, 0.5)]
-    entropy = sum(0.5 * np.log(2 * np.pi * np.e * np.exp(2 * s)) for s in actor.log_std.tolist())
+    entropy = sum(0.5 * np.log(2 * np.pi * np.e * np.exp(2 * s)) for s in actor.theta[-3:].tolist())
     assert losses[0] == 0
     assert losses[1].item() == pytest.approx(-0.5 * entropy, rel=1e-12)
-    (gradient,) = torch.autograd.grad(losses[1], actor.log_std)
-    torch.testing.assert_close(gradient, torch.full((3,), -0.5))
+    (gradient,) = torch.autograd.grad(losses[1], actor.theta)
+    torch.testing.assert_close(gradient[-3:], torch.full((3,), -0.5))
 
 
 # Minibatches
@@ -323,7 +323,7 @@ def test_with_one_agent_happo_and_mappo_are_ppo(script, num_minibatches, max_gra
     assert len(batches) == 4 * num_minibatches
     expected = ppo(problem.old[0], problem.data(0), problem.advantages, args, batches)
     assert_equal(problem.actors, [expected])
-    assert (torch.cat([(p - q).flatten() for p, q in zip(expected, problem.old[0], strict=True)]).abs() > 1e-3).any()
+    assert ((expected - problem.old[0]).abs() > 1e-3).any()
     assert (problem.ratio(0) - 1).abs().max() > args.clip_coef  # clipping was felt
 
 
@@ -338,7 +338,7 @@ def test_with_one_agent_hatrpo_is_trpo(changed):
             # The step does not depend on A's size; relative to a large one, conjugate gradient's tolerance is nothing.
             problem.advantages *= 1e4
             args.ent_coef *= 1e4
-            (stats,), _ = problem.update(args)
+            stats = problem.update(args)[0][0]
             expected, j = trpo(problem.old[0], problem.data(0), problem.advantages, args)
             assert_equal(problem.actors, [expected], 1e-7)
             assert stats["accepted"] == (j is not None)
@@ -348,16 +348,18 @@ def test_with_one_agent_hatrpo_is_trpo(changed):
 
 
 @each_split
-def test_mappo_is_one_ppo_per_agent(num_minibatches, monkeypatch):
+@pytest.mark.parametrize("script", [mappo, ippo], ids=["mappo", "ippo"])
+def test_mappo_and_ippo_are_one_ppo_per_agent(script, num_minibatches, monkeypatch):
     """Every agent gets the advantages as they are, on the same minibatches, and its own clipping of the gradient."""
-    problem = Problem(mappo)
-    args = make_args(mappo, num_minibatches=num_minibatches, max_grad_norm=0.3)
-    batches = record_minibatches(monkeypatch, mappo)
-    stats = problem.update(args)
+    problem = Problem(script)
+    args = make_args(script, num_minibatches=num_minibatches, max_grad_norm=0.3)
+    batches = record_minibatches(monkeypatch, script)
+    stats, _ = problem.update(args)
     assert len(batches) == args.update_epochs * num_minibatches
     expected = [ppo(problem.old[i], problem.data(i), problem.advantages, args, batches) for i in range(3)]
     assert_equal(problem.actors, expected)
-    assert all(s["first_ratio"].item() == pytest.approx(1, rel=1e-12) for s in stats)
+    for i in range(3):
+        assert_stats_are_of(stats[i], expected[i], problem.data(i), problem.advantages, args)
 
 
 @each_split
@@ -368,20 +370,18 @@ def test_mappo_does_not_depend_on_the_order_of_the_agents(num_minibatches):
     one.update(args)
     for order in permutations(range(3)):
         other = Problem(mappo)
-        lists = ([x[i] for i in order] for x in (other.actors, other.optimizers(args), other.obs, other.actions))
-        logprobs = [other.logprobs[i] for i in order]
-        mappo.mappo_update(*lists, logprobs, other.advantages, args, torch.Generator().manual_seed(0))
-        assert_equal(one.actors, [copies(actor) for actor in other.actors], 0)
+        other.update(args, agents=order)
+        assert_equal(one.actors, copies(other.actors), 0)
 
 
 def shared_problem(script):
     """Two agents that share one network, of which the second uses two of three outputs."""
     problem = Problem(script, [(4, 3), (4, 3)])
     partition = Partition(obs_ids=(np.arange(2),) * 2, act_ids=(np.arange(3), np.arange(3, 5)))
-    problem.actors = script.make_actors(partition, (6, 5), True, torch.Generator())
-    with torch.no_grad():
-        for p, value in zip(problem.actors[0].parameters(), problem.old[0], strict=True):
-            p.copy_(value)
+    args = script.Args(hidden_sizes=HIDDEN, share_param=True)
+    policy = script.Policy(partition, 2, args, torch.Generator(), torch.device("cpu"))
+    policy.joint.theta.data.copy_(problem.old[0])
+    problem.actors = policy.actors
     problem.actions[1] = problem.actions[1][:, :2]
     for i, act_dim in enumerate((3, 2)):
         problem.logprobs[i] = gaussian(problem.old[0], problem.obs[i], act_dim).log_prob(problem.actions[i])
@@ -392,30 +392,50 @@ def shared_problem(script):
 @each_split
 @pytest.mark.parametrize("max_grad_norm", [0.3, 1e3])
 def test_shared_parameters_have_one_adam(script, num_minibatches, max_grad_norm, monkeypatch):
-    """With one network for all: MAPPO steps on the sum of the agents' losses, HAPPO on one after the other's."""
+    """With one network for all: MAPPO steps on the sum of the agents' losses, HAPPO on one after the other's.
+
+    The ratios are over the policies before any update, although one agent's update changes the others' policy.
+    """
     problem = shared_problem(script)
     args = make_args(script, num_minibatches=num_minibatches, max_grad_norm=max_grad_norm, fixed_order=True)
     batches = record_minibatches(monkeypatch, script)
-    result = problem.update(args, problem.optimizers(args)[:1] * 2)
-    params = [p.clone().requires_grad_() for p in problem.old[0]]
-    adam = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-5, fused=False)
+    _, got_M = problem.update(args, problem.optimizers(args)[:1] * 2)
+    theta = problem.old[0].clone().requires_grad_()
+    adam = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=False)
     norms, M = [], problem.advantages
     for agents in ([0], [1]) if script is happo else ([0, 1],):
         for _ in range(args.update_epochs * num_minibatches):
             mb, loss = batches.pop(0), 0.0
             for i in agents:
                 own = [x[mb] for x in problem.data(i)]
-                loss += clipped_loss(gaussian(params, own[0], (3, 2)[i]), own, M[mb], args)
+                loss += clipped_loss(gaussian(theta, own[0], (3, 2)[i]), own, M[mb], args)
             norms.append(adam_step(adam, loss, max_grad_norm))
         if script is happo:
             (i,) = agents
-            logprobs = gaussian(params, problem.obs[i], (3, 2)[i]).log_prob(problem.actions[i]).detach()
+            logprobs = gaussian(theta, problem.obs[i], (3, 2)[i]).log_prob(problem.actions[i]).detach()
             M = M * (logprobs - problem.logprobs[i]).exp()
     assert not batches
-    assert_equal(problem.actors, [[p.detach() for p in params]] * 2)
+    assert_equal(problem.actors, [theta.detach()] * 2)
     assert (max(norms) > max_grad_norm) == (max_grad_norm < 1)
-    if script is happo:
-        torch.testing.assert_close(result[1], M, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(got_M, M, rtol=1e-8, atol=1e-8)
+
+
+def test_shared_parameters_take_one_trust_region_step_after_the_other():
+    """HATRPO: each step from where the last one ended, the ratios over the policies before any update."""
+    problem, args = shared_problem(hatrpo), make_args(hatrpo, fixed_order=True, ent_coef=0.0)
+    problem.advantages *= 1e4
+    _, got_M = problem.update(args)
+    theta, M = problem.old[0], problem.advantages
+    for i in range(2):
+
+        def policy(theta, obs, act_dim=(3, 2)[i]):
+            return gaussian(theta, obs, act_dim)
+
+        theta, j = trpo(theta, problem.data(i), M, args, policy)
+        assert j is not None
+        M = M * (policy(theta, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
+    assert_equal(problem.actors, [theta] * 2, 1e-7)
+    torch.testing.assert_close(got_M, M, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("agents", [1, 3])
@@ -426,31 +446,26 @@ def test_happo_without_clipping_follows_the_policy_gradient(agents):
     problem.update(args, problem.optimizers(args, torch.optim.SGD, lr=0.5))
     M = problem.advantages
     for i in range(agents):
-        leaves = [p.clone().requires_grad_() for p in problem.old[i]]
-        logprob = gaussian(leaves, problem.obs[i]).log_prob(problem.actions[i])
-        gradient = [torch.zeros_like(p) for p in leaves]
-        for b in range(BATCH):
-            for total, g in zip(gradient, torch.autograd.grad(logprob[b], leaves, retain_graph=True), strict=True):
-                total += M[b] * g / BATCH
-        expected = [p + 0.5 * g for p, g in zip(problem.old[i], gradient, strict=True)]
-        assert_equal([problem.actors[i]], [expected], 1e-11)
+        theta = problem.old[i].clone().requires_grad_()
+        logprob = gaussian(theta, problem.obs[i]).log_prob(problem.actions[i])
+        gradients = [torch.autograd.grad(logprob[b], theta, retain_graph=True)[0] for b in range(BATCH)]
+        gradient = sum(M[b] * gradients[b] for b in range(BATCH)) / BATCH
+        assert_equal([problem.actors[i]], [problem.old[i] + 0.5 * gradient], 1e-11)
         M = M * problem.ratio(i)
 
 
 def test_happo_with_unchanged_earlier_agents_is_mappo():
     """Where the agents before do not move, M stays A and the last agent's update is MAPPO's."""
     for last in range(3):
-        args = make_args(happo, num_minibatches=1)
+        args = make_args(happo, num_minibatches=1, fixed_order=True)
         one, two = Problem(happo), Problem(mappo)
         order = [i for i in range(3) if i != last] + [last]
         optimizers = one.optimizers(args)
         for i in order[:-1]:
             optimizers[i].param_groups[0]["lr"] = 0.0
-        lists = ([x[i] for i in order] for x in (one.actors, optimizers, one.obs, one.actions, one.logprobs))
-        args.fixed_order = True
-        happo.happo_update(*lists, one.advantages, args, torch.Generator())
+        one.update(args, optimizers, agents=order)
         two.update(make_args(mappo, num_minibatches=1))
-        assert_equal(one.actors[last : last + 1], [copies(two.actors[last])], 1e-11)
+        assert_equal(one.actors[last : last + 1], copies(two.actors[last : last + 1]), 1e-11)
         assert_equal([one.actors[i] for i in order[:-1]], [one.old[i] for i in order[:-1]], 0)
 
 
@@ -464,22 +479,22 @@ def test_happo_is_one_ppo_after_the_other_on_M(num_minibatches, seed, monkeypatc
     problem = Problem(happo)
     args = make_args(happo, num_minibatches=num_minibatches, max_grad_norm=0.5)
     batches, calls = record_minibatches(monkeypatch, happo), record_agents(monkeypatch, problem)
-    stats, M = problem.update(args, seed=seed)
-    order = list(dict.fromkeys(i for i, _ in calls))
+    stats, M = problem.update(args, generator=torch.Generator().manual_seed(seed))
+    order = list(stats)
     steps = args.update_epochs * num_minibatches
-    assert [i for i, _ in calls] == [i for i in order for _ in range(steps)]
+    assert [i for i, _ in calls] == [i for i in order for _ in range(steps + 1)]  # the last one is for what is logged
     expected_M = problem.advantages
-    for m, i in enumerate(order):
-        own = batches[m * steps : (m + 1) * steps]
-        for mb, (_, got) in zip(own, calls[m * steps : (m + 1) * steps], strict=True):
+    for i in order:
+        own, batches = batches[:steps], batches[steps:]
+        for mb, (_, got) in zip([*own, slice(None)], calls[: steps + 1], strict=True):
             torch.testing.assert_close(got, expected_M[mb], rtol=1e-9, atol=1e-9)
-        params = ppo(problem.old[i], problem.data(i), expected_M, args, own)
-        assert_equal([problem.actors[i]], [params], 1e-8)
+        calls = calls[steps + 1 :]
+        theta = ppo(problem.old[i], problem.data(i), expected_M, args, own)
+        assert_equal([problem.actors[i]], [theta], 1e-8)
         assert stats[i]["M_std"].item() == pytest.approx(expected_M.std().item(), rel=1e-8)
-        assert stats[i]["first_ratio"].item() == pytest.approx(1, rel=1e-12)
-        expected_M = (
-            expected_M * (gaussian(params, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
-        )
+        assert_stats_are_of(stats[i], theta, problem.data(i), expected_M, args)
+        ratio = (gaussian(theta, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
+        expected_M = expected_M * ratio
     torch.testing.assert_close(M, expected_M, rtol=1e-8, atol=1e-8)
 
 
@@ -489,19 +504,65 @@ def test_hatrpo_is_one_trpo_after_the_other_on_M(seed, monkeypatch):
     problem, args = Problem(hatrpo), make_args(hatrpo, target_kl=0.03, ent_coef=0.0)
     problem.advantages *= 1e4
     calls = record_agents(monkeypatch, problem)
-    stats, M = problem.update(args, seed=seed)
-    assert sorted(i for i, _ in calls) == [0, 1, 2]
+    stats, M = problem.update(args, generator=torch.Generator().manual_seed(seed))
+    assert sorted(stats) == [0, 1, 2] and [i for i, _ in calls] == list(stats)
     expected_M = problem.advantages
     for i, got in calls:
         torch.testing.assert_close(got, expected_M, rtol=1e-6, atol=1e-6)
-        params, _ = trpo(problem.old[i], problem.data(i), expected_M, args)
-        assert_equal([problem.actors[i]], [params], 1e-7)
+        theta, _ = trpo(problem.old[i], problem.data(i), expected_M, args)
+        assert_equal([problem.actors[i]], [theta], 1e-7)
         assert stats[i]["M_std"].item() == pytest.approx(expected_M.std().item(), rel=1e-6)
-        assert stats[i]["first_ratio"].item() == pytest.approx(1, rel=1e-12)
-        expected_M = (
-            expected_M * (gaussian(params, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
-        )
+        ratio = (gaussian(theta, problem.obs[i]).log_prob(problem.actions[i]) - problem.logprobs[i]).exp()
+        expected_M = expected_M * ratio
     torch.testing.assert_close(M, expected_M, rtol=1e-6, atol=1e-6)
+
+
+class CategoricalActor(hatrpo.MLP):
+    """Another kind of policy: one of `num_actions` actions."""
+
+    def __init__(self, obs_dim, num_actions, generator):
+        super().__init__((obs_dim, *HIDDEN, num_actions), 1.0, generator)
+
+    def forward(self, obs):
+        return (super().forward(obs),)
+
+    def log_prob(self, dist, actions):
+        return torch.log_softmax(dist[0], -1).gather(-1, actions[:, None])[:, 0]
+
+    def entropy(self, dist):
+        return -(torch.softmax(dist[0], -1) * torch.log_softmax(dist[0], -1)).sum(-1)
+
+    def kl(self, old, new):
+        old, new = (torch.log_softmax(dist[0], -1) for dist in (old, new))
+        return (old.exp() * (old - new)).sum(-1)
+
+
+def test_hatrpo_with_categorical_policies():
+    """The class is all that changes; against TRPO with the explicit Hessian of PyTorch's KL between categoricals."""
+    args, generator = make_args(hatrpo, ent_coef=0.0, fixed_order=True), torch.Generator().manual_seed(0)
+    sizes = [(3, 4), (5, 2), (2, 3)]
+    actors = [CategoricalActor(*size, generator) for size in sizes]
+    obs = [torch.randn(BATCH, o, generator=generator) for o, _ in sizes]
+    actions = [torch.randint(a, (BATCH,), generator=generator) for _, a in sizes]
+    old, advantages = copies(actors), 1e4 * torch.randn(BATCH, generator=generator)
+    stats, got_M = hatrpo.hatrpo_update(actors, obs, actions, advantages, args, generator)
+    M = advantages
+    for i, (_, num_actions) in enumerate(sizes):
+
+        def policy(theta, obs, num_actions=num_actions):
+            return Categorical(logits=mlp(theta, obs, (*HIDDEN, num_actions))[0])
+
+        before = policy(old[i], obs[i])
+        theta, j = trpo(old[i], (obs[i], actions[i], before.log_prob(actions[i])), M, args, policy)
+        assert_equal([actors[i]], [theta], 1e-7)
+        after = policy(actors[i].theta.detach(), obs[i])
+        ratio = (after.log_prob(actions[i]) - before.log_prob(actions[i])).exp()
+        gain, kl = ((ratio - 1) * M).mean().item(), kl_divergence(before, after).mean().item()
+        assert stats[i]["accepted"] == 1 and stats[i]["backtracks"] == j
+        assert stats[i]["surrogate_gain"].item() == pytest.approx(gain, rel=1e-6) and gain > 0
+        assert stats[i]["kl"].item() == pytest.approx(kl, rel=1e-6) and 0 < kl <= args.target_kl
+        M = M * ratio
+    torch.testing.assert_close(got_M, M, rtol=1e-9, atol=1e-9)
 
 
 @each_sequential
@@ -511,7 +572,7 @@ def test_M_is_A_times_the_ratio_of_the_joint_policies_so_far(script, agents, fix
     """For every prefix i_1..i_m of the order, from the policies before and after; at the end, of all the agents."""
     problem, args = Problem(script), make_args(script, fixed_order=fixed_order)
     calls = record_agents(monkeypatch, problem)
-    _, M = problem.update(args, agents=slice(agents), seed=5)
+    _, M = problem.update(args, agents=slice(agents), generator=torch.Generator().manual_seed(5))
     order = list(dict.fromkeys(i for i, _ in calls))
     assert sorted(order) == list(range(agents))
     ratios = torch.stack([problem.ratio(i) for i in range(3)])
@@ -539,8 +600,6 @@ def test_M_is_not_normalised_and_not_clipped(script):
 def test_M_of_agents_that_stay_is_A_to_the_last_bit(num_minibatches):
     """HAPPO without a learning rate: M is A, however the batch is split."""
     problem, args = Problem(happo), make_args(happo, num_minibatches=num_minibatches, learning_rate=0.0)
-    for i, actor in enumerate(problem.actors):  # what the rollout's network says, by the actor's own arithmetic
-        problem.logprobs[i] = actor.log_prob(actor(problem.obs[i]), problem.actions[i]).detach()
     _, M = problem.update(args)
     assert torch.equal(M, problem.advantages)
 
@@ -551,35 +610,24 @@ def test_rejected_steps_leave_M_and_the_parameters_to_the_last_bit(dtype):
     problem, args = Problem(hatrpo), make_args(hatrpo, accept_ratio=1e6)
     for actor in problem.actors:
         actor.to(dtype)
-    old = [copies(actor) for actor in problem.actors]
-    for name in ("obs", "actions", "logprobs"):
+    old = copies(problem.actors)
+    for name in ("obs", "actions"):
         setattr(problem, name, [x.to(dtype) for x in getattr(problem, name)])
     problem.advantages = problem.advantages.to(dtype)
     stats, M = problem.update(args)
     assert torch.equal(M, problem.advantages)
     assert_equal(problem.actors, old, 0)
-    assert all(s["accepted"] == s["kl"] == s["surrogate_gain"] == 0 for s in stats)
+    assert all(s["accepted"] == s["kl"] == s["surrogate_gain"] == 0 for s in stats.values())
 
 
 def test_zero_advantages_change_nothing(script):
     """No NaN, no step."""
     problem = Problem(script)
     problem.advantages = torch.zeros(BATCH)
-    result = problem.update(make_args(script, ent_coef=0.0))
-    stats, M = (result, torch.zeros(BATCH)) if script in (mappo, ippo) else result
+    stats, M = problem.update(make_args(script, ent_coef=0.0))
     assert_equal(problem.actors, problem.old, 0)
     assert torch.equal(M, torch.zeros(BATCH))
-    assert all(torch.isfinite(value) for s in stats for value in s.values())
-
-
-def test_first_ratio_is_taken_before_anything_changes(script):
-    """Log-probabilities that the policy would not give show up in `first_ratio`, agent by agent."""
-    problem, args = Problem(script), make_args(script)
-    for i in range(3):
-        problem.logprobs[i] = problem.logprobs[i] - np.log(1 + i)
-    result = problem.update(args)
-    stats = result if script in (mappo, ippo) else result[0]
-    assert [s["first_ratio"].item() for s in stats] == pytest.approx([1, 2, 3], rel=1e-9)
+    assert len(stats) == 3 and all(torch.isfinite(value) for s in stats.values() for value in s.values())
 
 
 # The order of the agents
@@ -587,23 +635,22 @@ def test_first_ratio_is_taken_before_anything_changes(script):
 
 def orders_taken(script, monkeypatch, updates, fixed_order, agents):
     """The orders of many updates in which nothing is computed."""
-    problem = Problem(script, [(1, 1)] * agents, batch=2, hidden_sizes=(1,))
-    taken = []
+    problem = Problem(script, [(1, 1)] * agents, batch=2)
 
     def do_nothing(actor, *_):
-        taken.append(next(i for i, a in enumerate(problem.actors) if a is actor))
-        return {} if script is hatrpo else (actor.log_std.sum() * 0, {"ratio": torch.tensor(1.0)})
+        return {} if script is hatrpo else (actor.theta.sum() * 0, torch.ones(2), {})
 
     monkeypatch.setattr(script, "trpo_step" if script is hatrpo else "ppo_loss", do_nothing)
+    calls = record_agents(monkeypatch, problem)
     args = make_args(script, update_epochs=1, fixed_order=fixed_order)
-    lists = [problem.actors, problem.obs, problem.actions, problem.logprobs]
-    if script is happo:
-        lists.insert(1, problem.optimizers(args, torch.optim.SGD, lr=0.0))
-    generator = torch.Generator().manual_seed(0)
-    update = script.happo_update if script is happo else script.hatrpo_update
+    optimizers = None if script is hatrpo else problem.optimizers(args, torch.optim.SGD, lr=0.0)
+    generator, taken = torch.Generator().manual_seed(0), []
     for _ in range(updates):
-        update(*lists, problem.advantages, args, generator)
-    return [tuple(taken[k : k + agents]) for k in range(0, len(taken), agents)]
+        stats, _ = problem.update(args, optimizers, generator)
+        assert list(dict.fromkeys(i for i, _ in calls)) == list(stats)  # what is logged comes in the order taken
+        taken.append(tuple(stats))
+        calls.clear()
+    return taken
 
 
 @each_sequential
@@ -634,19 +681,22 @@ def test_fixed_order_is_0_to_n(script, monkeypatch):
 def test_critic_update_is_least_squares(script, num_minibatches, max_grad_norm, monkeypatch):
     """From scratch: several epochs of Adam on half the mean squared error, parameter for parameter."""
     generator = torch.Generator().manual_seed(3)
-    critic = script.mlp((4, 6, 5, 1), 1.0, generator)
+    critic = script.MLP((4, *HIDDEN, 1), 1.0, generator)
     obs, returns = torch.randn(BATCH, 4, generator=generator), 3 * torch.randn(BATCH, generator=generator)
     args = make_args(script, num_minibatches=num_minibatches, max_grad_norm=max_grad_norm)
-    params = [p.clone().requires_grad_() for p in copies(critic)]
+    theta = critic.theta.detach().clone().requires_grad_()
     batches = record_minibatches(monkeypatch, script)
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
     loss = script.critic_update(critic, optimizer, obs, returns, args, generator)
     assert len(batches) == 2 * num_minibatches
-    adam = torch.optim.Adam(params, lr=args.critic_learning_rate, eps=1e-5, fused=False)
+
+    def half_mse(mb):
+        values = mlp(theta, obs[mb], (*HIDDEN, 1))[0][:, 0]
+        return sum((v - r) ** 2 for v, r in zip(values, returns[mb], strict=True)) / (2 * len(values))
+
+    adam = torch.optim.Adam([theta], lr=args.critic_learning_rate, eps=1e-5, fused=False)
     for mb in batches:
-        values = gaussian([torch.zeros(1), *params], obs[mb]).mean[:, 0]
-        expected = sum((v - r) ** 2 for v, r in zip(values, returns[mb], strict=True)) / (2 * len(values))
-        assert (adam_step(adam, expected, max_grad_norm) > max_grad_norm) == (max_grad_norm < 1)
-    assert_equal([critic], [[p.detach() for p in params]])
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+        assert (adam_step(adam, half_mse(mb), max_grad_norm) > max_grad_norm) == (max_grad_norm < 1)
+    assert_equal([critic], [theta.detach()])
+    assert loss.item() == pytest.approx(half_mse(slice(None)).item(), rel=1e-9)
     assert not loss.requires_grad
