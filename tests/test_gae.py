@@ -186,7 +186,7 @@ def test_episodes_are_added_up(script):
 
 
 def test_statistics_go_through_a_checkpoint(script):
-    """A copy made from the state of another goes on like that, to the last bit; the environments have no state here."""
+    """What has loaded another's state goes on like that, to the last bit, and gives the environments theirs."""
     vec = TapeVec(num_steps=40)
     env, other = (script.NormalizedEnv(vec, 0.9, torch.device("cpu")) for _ in range(2))
     env.reset(0)
@@ -200,6 +200,8 @@ def test_statistics_go_through_a_checkpoint(script):
         expected = env.step(torch.zeros(3, 5))
         vec.t -= 1
         assert all(map(torch.equal, other.step(torch.zeros(3, 5)), expected))
+    with pytest.raises(ValueError):
+        script.NormalizedEnv(TapeVec(1, num_envs=2), 0.9, torch.device("cpu")).load_state_dict(env.state_dict())
 
 
 def test_evaluation_plays_first_episodes_and_changes_no_statistics(script):

@@ -561,6 +561,7 @@ def test_hatrpo_with_categorical_policies():
         assert stats[i]["accepted"] == 1 and stats[i]["backtracks"] == j
         assert stats[i]["surrogate_gain"].item() == pytest.approx(gain, rel=1e-6) and gain > 0
         assert stats[i]["kl"].item() == pytest.approx(kl, rel=1e-6) and 0 < kl <= args.target_kl
+        assert stats[i]["entropy"].item() == pytest.approx(before.entropy().mean().item(), rel=1e-9)
         M = M * ratio
     torch.testing.assert_close(got_M, M, rtol=1e-9, atol=1e-9)
 
