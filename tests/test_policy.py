@@ -184,6 +184,16 @@ def test_shared_actors_are_one_network(script):
         assert [p is policy.joint.theta for p in policy.parameters()] == [True]
 
 
+def test_agents_begin_with_networks_of_their_own(script):
+    """Without sharing every agent's first weights are its own draw, each layer orthogonal."""
+    args = script.Args(hidden_sizes=(8, 7), log_std_init=-0.7)
+    policy = script.Policy(OVERLAPPING, 6, args, torch.Generator().manual_seed(0), CPU)
+    for weight, gain in zip(policy.joint.layers()[::2], (2**0.5, 2**0.5, 0.01), strict=True):
+        np.testing.assert_allclose(np.linalg.svd(weight.detach(), compute_uv=False), gain, rtol=1e-9)
+        assert all(not torch.isclose(weight[i], weight[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert (policy.joint.theta[:, -3:] == -0.7).all()
+
+
 def test_the_id_reaches_the_shared_network(script):
     """The weights of one agent's id move that agent's actions and nobody else's, alone and in the joint policy."""
     obs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
