@@ -185,13 +185,13 @@ class MLP(nn.Module):
         for (weight, _), gain in zip(layers, gains, strict=True):
             nn.init.orthogonal_(weight, gain, generator=generator)
         self.shapes = [tensor.shape for layer in layers for tensor in layer]
+        self.sizes = [shape.numel() for shape in self.shapes]
         self.theta = nn.Parameter(torch.cat([tensor.flatten() for layer in layers for tensor in layer]))
 
     def layers(self) -> list[Tensor]:
         """Views of theta: weight [..., fan_in, fan_out] and bias [..., 1, fan_out] of the first layer, the second..."""
-        sizes = [shape.numel() for shape in self.shapes]
-        parts = self.theta[..., : sum(sizes)].split(sizes, dim=-1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = self.theta.split(self.sizes, dim=-1)  # and what follows, if there is more
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=False)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., B, fan_in] to outputs [..., B, fan_out]."""
@@ -211,6 +211,7 @@ class Actor(MLP):
         """Build the network from `obs_dim` inputs to the means of `act_dim` actions."""
         super().__init__((obs_dim, *args.hidden_sizes, act_dim), 0.01, generator)
         self.theta = nn.Parameter(torch.cat([self.theta.data, torch.full((act_dim,), args.log_std_init)]))
+        self.sizes.append(act_dim)
         self.act_dim = self.max_act_dim = act_dim  # an agent with fewer actions than others uses the first `act_dim`
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
