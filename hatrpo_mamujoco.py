@@ -660,5 +660,7 @@ if __name__ == "__main__":
         main(cli_args, cli_checkpoint)
     except KeyboardInterrupt:
         fail(f"stopped; to go on: --resume {cli_args.run_dir}", code=130)
-    except OSError as e:  # a full or read-only disk, a deleted directory
+    except (OSError, RuntimeError) as e:  # a full or read-only disk, a deleted directory, not enough memory
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
         fail(f"{e}; {cli_args.run_dir} has what was saved before", code=1)

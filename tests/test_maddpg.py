@@ -326,8 +326,22 @@ def test_a_buffer_that_does_not_fit_is_refused(tmp_path: Path, capsys, monkeypat
     error = capsys.readouterr().err
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert error == f"error: the replay buffer needs 10 MiB, 1 are free: --buffer-size {2**19 // 100}\n"
-    monkeypatch.undo()
-    assert 2**26 < maddpg.available_memory(CPU) < 2**50
+
+
+def test_available_memory_is_the_least_of_machine_and_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What Linux and the container's cgroup say in their files, made up here; without them there is no limit."""
+    assert 2**26 < maddpg.available_memory(CPU) < 2**50  # of this machine
+    monkeypatch.setattr(maddpg, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert maddpg.available_memory(CPU) == 2**63
+    cgroup = tmp_path / "sys/fs/cgroup"
+    for folder in (tmp_path / "proc", cgroup):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n")
+    assert maddpg.available_memory(CPU) == 5000 * 1024
+    (cgroup / "memory.current").write_text("1000000\n")
+    for limit, available in (("max", 5_120_000), ("9000000", 5_120_000), ("3000000", 2_000_000)):
+        (cgroup / "memory.max").write_text(f"{limit}\n")
+        assert maddpg.available_memory(CPU) == available
 
 
 def test_not_finite_stops_the_run(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: log, model, determinism, bad input, failure, and every environment of the papers."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,14 @@ def test_bad_input_from_the_command_line(script: ModuleType):
         done.stderr.startswith("error: unknown env_id 'Antt-4x2'; did you mean Ant-4x2")
         and "Traceback" not in done.stderr
     )
+
+
+def test_more_memory_than_there_is_is_one_line(script: ModuleType):
+    """A batch of 557 GB: what could not be had, and no traceback."""
+    sizes = "--num-envs", 2000, "--num-steps", 100_000, "--total-timesteps", 10**12
+    done = run(script, "--env-id", "Humanoid-17x1", *sizes)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match("error: .*memory.*556800000000 bytes", done.stderr)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
