@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 import plot
 import run as runner
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 ROOT = runner.ROOT
 
 # Statistics

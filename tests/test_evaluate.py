@@ -19,6 +19,8 @@ import envs
 import evaluate
 from evaluate import Args, Film, find_gl_backend, paint
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 ROOT = Path(__file__).parent.parent
 MADDPG = {"learning_starts": 100, "batch_size": 32, "buffer_size": 10_000}
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import update_of
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 
 def final_return(script: ModuleType, run_dir: Path, capsys: pytest.CaptureFixture) -> float:
     """Mean return of the training episodes that end in the last of 20 iterations on Hopper-3x1."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*_mamujoco.py"))
 FLAGS = [

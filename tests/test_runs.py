@@ -21,6 +21,8 @@ from test_scripts import ROOT, SMALL, run, train
 
 import envs
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 ITERATION = 128  # environment steps, with the flags of SMALL and in `train`
 TIMES = {"charts/SPS"}
 

@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import envs
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-envs", "4", "--num-steps", "32", "--hidden-sizes", "16", "16", "--num-threads", "1"]
 PPO_TAGS = {"policy_loss", "entropy", "approx_kl", "clip_fraction"}

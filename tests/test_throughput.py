@@ -13,6 +13,8 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 import throughput
 
+pytestmark = pytest.mark.slow  # whole runs and processes
+
 
 class CountFlops(TorchDispatchMode):
     """Adds up what PyTorch says its matrix products cost."""
