@@ -1,410 +1,309 @@
-"""How fast it is, and what the limit is: physics, rollout, update, scripts, phases, time to a return, growth with size.
+"""How fast it is, in ratios: to another checkout, to the limit of the machine, to other libraries' environments.
 
-    python benchmark/throughput.py --csv benchmark/results/throughput.csv              # everything, half an hour
-    python benchmark/throughput.py --parts script phases --repeats 3                   # some of it
+    python benchmark/throughput.py --csv throughput.csv                  # all parts, half an hour
+    python benchmark/throughput.py --parts scripts --against ../old      # made by `git worktree add ../old COMMIT`
 
-Each number is the median of repeated runs; parts that are compared with each other take turns in one process, so that
-what else happens on the machine hits them alike. Run it on an idle machine.
+A machine's speed changes from hour to hour, so what is compared takes turns (A B A B ...), and a ratio is that of
+neighbouring turns. Numbers are the median [lowest to highest] of the repeats. Run it on an idle machine.
 """
 
 import contextlib
 import csv
 import io
+import os
+import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
 from importlib import import_module
-from itertools import count, pairwise
+from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
-from unittest import mock
 
 import gymnasium as gym
 import mujoco
-import numpy as np
 import torch
 import tyro
 from mujoco.batch import Batch
-from torch.utils.tensorboard import FileWriter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs  # noqa: E402
-from envs.tasks import MujocoVectorEnv  # noqa: E402
 
-# HARL's tuned values for HalfCheetah: 20 x 200 steps, 3 x 128, 15 epochs on the whole batch (see peers in the docs).
-HARL = {"num_envs": 20, "num_steps": 200, "hidden_sizes": (128, 128, 128), "critic_epochs": 15, "num_minibatches": 1}
-HARL_PPO = HARL | {"update_epochs": 15, "clip_coef": 0.05}
-SCRIPTS = ("mappo", "happo", "hatrpo")
+TURN_SECONDS = 0.5  # length of a turn that is not a whole run
+NUM_ENVS = 20  # simulations at a time in such turns, as in the scripts
+ENV_IDS = ("HalfCheetah-6x1", "Walker2d-2x3", "Ant-4x2", "Humanoid-9|8")  # of the part envs
+# HARL's tuned values for HalfCheetah, as far as the work depends on them. It has no IPPO, which gets MAPPO's.
+HARL_BATCH = "--num-envs 20 --num-steps 200 --hidden-sizes 128 128 128 --num-minibatches 1"
+HARL = dict.fromkeys(("happo", "mappo", "ippo"), f"{HARL_BATCH} --update-epochs 15 --critic-epochs 15")
+# Its damping of 0.1, and its radius of 0.01 for each of six agents, in the script's terms.
+HARL["hatrpo"] = f"{HARL_BATCH} --critic-epochs 5 --cg-iters 10 --cg-damping 0.001 --target-kl 0.06"
+HARL["maddpg"] = "--num-envs 10 --hidden-sizes 256 256 --batch-size 1000 --n-step 20 --updates-per-step 0.1"
 
 
 @dataclass
 class Args:
     """Command line."""
 
-    parts: list[Literal["env", "rollout", "update", "script", "phases", "return", "growth"]] = field(
-        default_factory=lambda: ["env", "rollout", "update", "script", "phases", "return", "growth"]
-    )
-    """what to measure"""
-    repeats: int = 5
-    """measurements per number; the median counts"""
-    num_threads: int = 0
-    """threads of PyTorch and of the physics each; 0: one per core"""
-    csv: Path | None = None
-    """where to write the rows, and beside them growth.png; rows of parts that are not measured stay"""
+    parts: tuple[Literal["scripts", "limit", "envs"], ...] = ("scripts", "limit", "envs")  # what to measure
+    algorithms: tuple[Literal["happo", "mappo", "ippo", "hatrpo", "maddpg"], ...] = tuple(HARL)  # whose scripts
+    against: Path | None = None  # another checkout of this project: its scripts take turns with these
+    env_id: str = "HalfCheetah-6x1"  # what the scripts train on
+    total_timesteps: int = 60_000  # environment steps of a script's run
+    repeats: int = 5  # turns of each subject
+    num_threads: int = 0  # CPU threads for PyTorch and for the physics each; 0 is one per core
+    csv: Path | None = None  # where to write every turn
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, which tyro shows, for a value that makes no sense."""
+        if self.repeats < 1 or not self.algorithms:
+            raise ValueError("nothing to measure: --repeats and the number of --algorithms must be at least 1")
+        if self.env_id.rpartition("-")[0] not in envs.ROBOTS:
+            raise ValueError(f"--env-id {self.env_id}: the robot must be one of {', '.join(envs.ROBOTS)}")
+        envs.make_vec(self.env_id, 1, num_threads=self.num_threads)  # raises what it has against them
+        for algorithm in self.algorithms if self.against else ():
+            if not (self.against / f"{algorithm}_mamujoco.py").is_file():
+                raise ValueError(f"--against {self.against}: there is no {algorithm}_mamujoco.py")
+        if self.csv and (self.csv.is_dir() or not os.access(self.csv.parent, os.W_OK)):
+            raise ValueError(f"--csv {self.csv}: no file can be written there")
+
+    def flags(self, settings: str = "") -> list[str]:
+        """A script's flags; without `settings` only such as older commits know too."""
+        flags = f"--total-timesteps {self.total_timesteps} --num-threads {self.num_threads} --eval-episodes 0 --seed 1"
+        return ["--env-id", self.env_id, *flags.split(), *settings.split()]
 
 
-def take_turns(jobs: dict[str, Callable[[], object]], repeats: int, seconds: float = 0.5) -> dict[str, float]:
-    """Seconds per call of each job: the median over `repeats` rounds in which every job runs for about `seconds`."""
-    calls = {}
-    for name, job in jobs.items():
-        job()  # warm up
-        start = time.perf_counter()
-        job()
-        calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                job()
-            times[name].append((time.perf_counter() - start) / calls[name])
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def raw_stepper(env_id: str, num_envs: int, num_threads: int) -> Callable[[], None]:
-    """Bare `mujoco.batch` on the model of an environment: random controls, no observation, reward or reset."""
-    env = envs.make_vec(env_id, 1).unwrapped.env
-    batch = Batch(env.model, num_envs, num_threads)
-    low, high = env.action_space.low, env.action_space.high
-    controls = np.random.default_rng(0).uniform(low, high, (100, num_envs, env.model.nu))
-    ctrl, step = batch.ctrl, count()
-    batch.reset()
-
-    def run() -> None:
-        t = next(step)
-        if t % 100 == 0:  # a robot that has fallen for good costs other time than one that runs
-            batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
-        ctrl[:] = controls[t % 100]
-        batch.step(nstep=env.frame_skip)
-
-    return run
-
-
-def vec_stepper(vec: gym.vector.VectorEnv) -> Callable[[], None]:
-    """Steps of a vector environment with random actions."""
-    vec.reset(seed=0)
-    space = vec.single_action_space
-    actions = np.random.default_rng(0).uniform(space.low, space.high, (100, *vec.action_space.shape))
-    actions, step = actions.astype(np.float32), count()
-    return lambda: vec.step(actions[next(step) % 100])
-
-
-def mamujoco_stepper(robot: str, partition: str) -> Callable[[], None]:
-    """Steps of one Gymnasium-Robotics MaMuJoCo environment."""
-    from gymnasium_robotics import mamujoco_v1
-
-    env = mamujoco_v1.parallel_env(robot, partition, agent_obsk=0)
-    env.reset(seed=0)
-    actions = {agent: env.action_space(agent).sample() for agent in env.possible_agents}
-
-    def run() -> None:
-        _, _, terminations, truncations, _ = env.step(actions)
-        if any(terminations.values()) or any(truncations.values()):
-            env.reset()
-
-    return run
-
-
-def physics_share(env_id: str, num_envs: int, num_threads: int) -> float:
-    """Share of an environment's time that is spent within `mujoco.batch`: the same states, unlike bare stepping."""
-    vec = envs.make_vec(env_id, num_envs, num_threads=num_threads)
-    step, batch, inside = vec_stepper(vec), vec.unwrapped.batch, 0.0
-
-    def timed_step(**kwargs: int) -> None:
-        nonlocal inside
-        start = time.perf_counter()
-        Batch.step(batch, **kwargs)
-        inside += time.perf_counter() - start
-
-    batch.step = timed_step
-    start = time.perf_counter()
-    for _ in range(6400 // num_envs):
-        step()
-    return inside / (time.perf_counter() - start)
-
-
-def row(part: str, what: str, value: float, unit: str) -> dict:
-    """One line of the table."""
-    return {"part": part, "what": what, "value": f"{value:.4g}", "unit": unit}
-
-
-def measure_env(args: Args) -> list[dict]:
-    """Steps per second of our environments, of bare physics, and of the alternatives."""
-    rows = []
-    for robot, partition in {"HalfCheetah": "6x1", "Walker2d": "2x3", "Ant": "4x2", "Humanoid": "9|8"}.items():
-        for num_envs in (16, 64):
-            env_id, same_step = f"{robot}-{partition}", {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-            jobs = {
-                "raw mujoco.batch": raw_stepper(env_id, num_envs, args.num_threads),
-                "envs.make_vec": vec_stepper(envs.make_vec(env_id, num_envs, num_threads=args.num_threads)),
-                "SyncVectorEnv": vec_stepper(gym.make_vec(f"{robot}-v5", num_envs, "sync", vector_kwargs=same_step)),
-                "mamujoco_v1": mamujoco_stepper(robot, partition),
-            }
-            for name, seconds in take_turns(jobs, args.repeats).items():
-                steps = (1 if name == "mamujoco_v1" else num_envs) / seconds
-                rows.append(row("env", f"{env_id} x {num_envs}: {name}", steps, "steps/s"))
-            share = statistics.median(physics_share(env_id, num_envs, args.num_threads) for _ in range(args.repeats))
-            rows.append(row("env", f"{env_id} x {num_envs}: mujoco.batch's share of make_vec", 100 * share, "%"))
-    return rows
-
-
-def measure_rollout(args: Args) -> list[dict]:
-    """HalfCheetah-6x1, 64 environments: everything that a script does per step, next to bare physics."""
-    script = import_module("happo_mamujoco")
-    vec = envs.make_vec("HalfCheetah-6x1", 64, num_threads=args.num_threads)
-    env, generator = script.NormalizedEnv(vec, 0.99, torch.device("cpu")), torch.Generator().manual_seed(0)
-    policy = script.Policy(vec.partition, 17, script.Args(), generator, env.device)
-    obs_buf, next_obs_buf, (rewards, terminations, truncations) = *torch.zeros(2, 64, 17), torch.zeros(3, 64)
-    actions = torch.zeros(64, 6)
-    obs = env.reset(0)
-
-    def step() -> None:
-        nonlocal obs
-        obs_buf[:] = obs
-        actions[:] = policy.act(obs, generator)
-        obs, next_obs_buf[:], rewards[:], terminations[:], truncations[:] = env.step(actions)
-
-    jobs = {
-        "raw mujoco.batch": raw_stepper("HalfCheetah-6x1", 64, args.num_threads),
-        "envs.make_vec": vec_stepper(envs.make_vec("HalfCheetah-6x1", 64, num_threads=args.num_threads)),
-        "policy alone": lambda: policy.act(obs, generator),
-        "whole rollout": step,
-    }
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the scripts do while they act
-    times = take_turns(jobs, args.repeats)
-    torch.set_num_threads(num_threads)
-    return [row("rollout", f"HalfCheetah-6x1 x 64: {name}", 64 / times[name], "steps/s") for name in jobs]
-
-
-def make_update(name: str, agents: int, rows: int, **hyperparameters: object) -> tuple[Callable[[], object], float]:
-    """One update of all the actors of a script and of its critic, on random data; and the FLOPs of its products."""
-    script = import_module(f"{name}_mamujoco")
-    known = script.Args.__dataclass_fields__
-    args = script.Args(**{key: value for key, value in hyperparameters.items() if key in known})
-    generator = torch.Generator().manual_seed(0)
-    actors = [script.Actor(17, 1, args, generator) for _ in range(agents)]
-    critic = script.MLP((17, *args.hidden_sizes, 1), 1.0, generator)
-    obs, actions = torch.randn(rows, 17, generator=generator), torch.randn(rows, 1, generator=generator)
-    advantages = torch.randn(rows, generator=generator)
-    adam = [torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) for net in (*actors, critic)]
-    batch = [obs] * agents, [actions] * agents, advantages, args, generator
-    first = (actors,) if name == "hatrpo" else (actors, adam[:-1])
-
-    def run() -> None:
-        getattr(script, f"{name}_update")(*first, *batch)
-        script.critic_update(critic, adam[-1], obs, advantages, args, generator)
-
-    sizes = (17, *args.hidden_sizes, 1)
-    forward = 2 * rows * sum(a * b for a, b in pairwise(sizes))
-    # A pass is a forward, and a backward of twice its cost. A Fisher product, Jv and then J^T u, costs four forwards.
-    # HATRPO: gradient, graphs of the Fisher product, products, one try of the line search, old log-probabilities, M.
-    if name == "hatrpo":
-        per_agent = 3 + (3 + 4 * args.cg_iters) / args.fisher_stride + 1 + 1 + 1
-    else:
-        per_agent = 3 * args.update_epochs + 1 + 1  # old log-probabilities; what is logged
-    return run, forward * (agents * per_agent + 3 * args.critic_epochs + 1)
-
-
-def measure_update(args: Args) -> list[dict]:
-    """The update of six actors and a critic at HARL's settings, and what its matrix products alone would cost."""
-    rows, size = [], 1024
-    a, b = torch.randn(2, size, size)
-    for name in SCRIPTS:
-        run, flops = make_update(name, 6, 4000, **HARL_PPO)
-        times = take_turns({"update": run, "product": lambda: a @ b}, args.repeats)
-        arithmetic = flops / (2 * size**3) * times["product"]
-        rows.append(row("update", f"{name}: update", times["update"], "s"))
-        rows.append(row("update", f"{name}: its matrix products alone", arithmetic, "s"))
-        rows.append(row("update", f"{name}: ratio", times["update"] / arithmetic, ""))
-    return [*rows, row("update", "rate of a large matrix product", 2 * size**3 / times["product"] / 1e9, "GFLOP/s")]
+# Turns and ratios
 
 
 @dataclass
-class Outcome:
-    """What a script printed of each iteration: step, mean return of the episodes that ended, speed; its memory."""
+class Turn:
+    """One measurement of one subject."""
 
-    points: list[tuple[int, float, float]]
-    megabytes: float
-
-    @property
-    def steps_per_second(self) -> float:
-        """The speed after the first iterations: from the first point that was printed to the last."""
-        (first, _, first_speed), (last, _, last_speed) = self.points[0], self.points[-1]
-        return (last - first) / (last / last_speed - first / first_speed)
+    seconds: float  # wall time; of a script that of its process, from start to exit
+    steps: float  # environment steps
+    training_seconds: float = float("nan")  # of a script's training loop alone, by its own clock
+    checkout: Path = ROOT  # whose code it is
 
 
-def run_script(name: str, flags: dict[str, object], until: float = np.inf) -> Outcome:
-    """Run a script in a process of its own, to its end or to a return."""
-    program = (
-        "import sys, resource, tyro, {0}_mamujoco as script; script.main(tyro.cli(script.Args));"
-        "print('MB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
+def take_turns(subjects: dict[str, Callable[[], Turn]], repeats: int) -> dict[str, list[Turn]]:
+    """Measure the subjects one after the other, `repeats` times; return the turns of each."""
+    turns: dict[str, list[Turn]] = {name: [] for name in subjects}
+    for name in tqdm([*subjects] * repeats, leave=False, disable=None):
+        turns[name].append(subjects[name]())
+    return turns
+
+
+def speeds(turns: Sequence[Turn], clock: Literal["seconds", "training_seconds"] = "seconds") -> list[float]:
+    """Steps per second of each turn."""
+    return [turn.steps / getattr(turn, clock) for turn in turns]
+
+
+def ratios(speeds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """How many times as fast, turn by turn: so what slows the machine down for both does not count."""
+    return [speed / other for speed, other in zip(speeds, others, strict=True)]
+
+
+def spread(values: Sequence[float], form: str = ",.0f") -> str:
+    """Median [lowest to highest]."""
+    median, low, high = (f"{x:{form}}" for x in (statistics.median(values), min(values), max(values)))
+    return f"{median} [{low} to {high}]"
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print a title, and rows in columns; the first row is the header."""
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+
+
+# Subjects
+
+
+def run_script(checkout: Path, algorithm: str, flags: Sequence[str]) -> Turn:
+    """Run a checkout's script to its end, in a process and a directory of its own."""
     with tempfile.TemporaryDirectory() as tmp:
-        words = [f"--run-dir={tmp}/run", "--eval-interval=1"]  # a line per iteration
-        for key, value in flags.items():
-            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-        command = [sys.executable, "-c", program.format(name), *words]
-        outcome = Outcome([], np.nan)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-            for line in process.stdout:
-                if point := re.match(r"step (\d+)(?: charts/episodic_return (\S+))? charts/SPS (\S+)", line):
-                    outcome.points.append((int(point[1]), float(point[2] or "nan"), float(point[3])))
-                    if outcome.points[-1][1] >= until:
-                        process.kill()
-                        break
-                elif memory := re.match(r"MB (.*)", line):
-                    outcome.megabytes = float(memory[1])
-        if process.returncode and until == np.inf:
-            raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
-    return outcome
+        command = [sys.executable, str(checkout / f"{algorithm}_mamujoco.py"), *flags, "--run-dir", f"{tmp}/run"]
+        start = time.perf_counter()
+        process = subprocess.run(command, cwd=tmp, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - start
+    points = re.findall(r"^step (\d+) .*SPS ([\d.]+)$", process.stdout, re.MULTILINE)
+    if process.returncode or not points:
+        print(process.stderr.strip() or f"error: {command[1]} says no speed", file=sys.stderr)
+        raise SystemExit(process.returncode or 1)
+    steps, steps_per_second = map(float, points[-1])
+    return Turn(seconds, steps, steps / steps_per_second, checkout)
 
 
-def measure_script(args: Args) -> list[dict]:
-    """Whole scripts on HalfCheetah-6x1, at the project's defaults and at HARL's tuned settings; they take turns."""
-    runs: dict[tuple[str, str], list[float]] = {}
-    for _ in range(args.repeats):
-        for setting, flags in (("defaults", {}), ("HARL's settings", HARL_PPO)):
-            for name in SCRIPTS:
-                known = import_module(f"{name}_mamujoco").Args.__dataclass_fields__
-                chosen = {key: value for key, value in flags.items() if key in known}
-                chosen |= {"total_timesteps": 60_000, "num_threads": args.num_threads, "eval_episodes": 0}
-                runs.setdefault((name, setting), []).append(run_script(name, chosen).steps_per_second)
-    return [
-        row("script", f"{name}, {setting}", statistics.median(sps), "steps/s") for (name, setting), sps in runs.items()
-    ]
+def repeat(call: Callable[[], object], steps: float) -> Callable[[], Turn]:
+    """A subject that makes as many calls, each worth `steps` environment steps, as fit into a turn."""
+    call()  # warm up
+
+    def turn() -> Turn:
+        calls, start = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < TURN_SECONDS:
+            call()
+            calls += 1
+        return Turn(seconds, calls * steps)
+
+    return turn
 
 
-def measure_phases(args: Args) -> list[dict]:
-    """Where the time of a script goes, per environment step at the defaults, without setup: a profile by phase."""
-    rows = []
-    for name in SCRIPTS:
-        script = import_module(f"{name}_mamujoco")
-        phases = {
-            "physics and task": [(MujocoVectorEnv, "step")],
-            "normalisation": [(script.NormalizedEnv, "step")],
-            "inference": [(script.Policy, "act")],
-            "GAE": [(script, "compute_gae")],
-            "actors": [(script, f"{name}_update")],
-            "critic": [(script, "critic_update")],
-            "logging, progress bar": [(FileWriter, "add_summary"), (script.tqdm, "update")],
-            "checkpoint": [(script, "save")],
-            "setup": [(script.envs, "make_vec"), (script.SummaryWriter, "__init__")],
-            "storage and the rest": [(script, "main")],
-        }
-        runs = [profile(script, phases, args.num_threads) for _ in range(1 + args.repeats)][1:]  # the first warms up
-        for phase in phases.keys() - {"setup"}:
-            rows.append(row("phases", f"{name}: {phase}", statistics.median(run[phase] for run in runs), "us/step"))
-    return sorted(rows, key=lambda line: (SCRIPTS.index(line["what"].split(":")[0]), -float(line["value"])))
+def step_vec(vec: gym.vector.VectorEnv) -> Callable[[], Turn]:
+    """Steps of a vector environment with random actions."""
+    vec.reset(seed=0)
+    vec.action_space.seed(0)
+    actions = cycle([vec.action_space.sample() for _ in range(100)])
+    return repeat(lambda: vec.step(next(actions)), vec.num_envs)
 
 
-def profile(script: ModuleType, phases: dict[str, list[tuple[Any, str]]], num_threads: int) -> dict[str, float]:
-    """Run a script in this process; return microseconds per environment step in each phase, less what it calls."""
-    seconds, inner, num_steps = dict.fromkeys(phases, 0.0), [0.0], 40_000
+def step_mamujoco(env_id: str) -> Callable[[], Turn]:
+    """Steps of one environment of Gymnasium-Robotics with random actions."""
+    from gymnasium_robotics import mamujoco_v1
 
-    def timed(function: Callable, phase: str) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            inner.append(0.0)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            duration = time.perf_counter() - start
-            seconds[phase] += duration - inner.pop()
-            inner[-1] += duration
-            return result
+    env = mamujoco_v1.parallel_env(*env_id.split("-"), agent_obsk=0)
+    env.reset(seed=0)
+    space = gym.spaces.Dict({agent: env.action_space(agent) for agent in env.possible_agents}, seed=0)
+    actions = cycle([space.sample() for _ in range(100)])
 
-        return call
+    def step() -> None:
+        _, _, terminations, truncations, _ = env.step(next(actions))
+        if any(terminations.values()) or any(truncations.values()):
+            env.reset()
 
-    with tempfile.TemporaryDirectory() as tmp, contextlib.ExitStack() as stack:
-        for phase, places in phases.items():
-            for owner, name in places:
-                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), phase)))
-        flags = {"total_timesteps": num_steps, "num_threads": num_threads, "eval_episodes": 0, "run_dir": f"{tmp}/run"}
-        with contextlib.redirect_stdout(io.StringIO()):
-            script.main(script.Args(**flags))
-    return {phase: 1e6 * value / num_steps for phase, value in seconds.items()}
+    return repeat(step, 1)
 
 
-def measure_return(args: Args) -> list[dict]:
-    """Seconds of training until HalfCheetah-6x1 returns 3,000 with the defaults: mean of the latest 20 episodes."""
-    rows = []
-    for name in SCRIPTS:
-        times = []
-        for seed in (1, 2, 3):
-            flags = {"total_timesteps": 500_000, "seed": seed, "num_threads": args.num_threads, "eval_episodes": 0}
-            step, value, steps_per_second = run_script(name, flags, until=3000).points[-1]
-            step = step if value >= 3000 else np.inf
-            times.append(step / steps_per_second)
-            rows.append(row("return", f"{name}, seed {seed}: steps to a return of 3,000", step, "steps"))
-            rows.append(row("return", f"{name}, seed {seed}: time to a return of 3,000", times[-1], "s"))
-        rows.append(row("return", f"{name}: median time to a return of 3,000", statistics.median(times), "s"))
-    return rows
+def step_physics(env_id: str, num_threads: int) -> Callable[[], Turn]:
+    """Steps of bare `mujoco.batch` with random controls: no observations, no rewards."""
+    vec = envs.make_vec(env_id, NUM_ENVS)
+    vec.action_space.seed(0)
+    controls = [vec.action_space.sample() for _ in range(100)]
+    batch, frame_skip = Batch(vec.unwrapped.env.model, NUM_ENVS, num_threads), vec.unwrapped.env.frame_skip
+    batch_ctrl = batch.ctrl
+
+    def episode() -> None:  # a short one: a robot that has fallen for good costs other time than one that runs
+        batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
+        for ctrl in controls:
+            batch_ctrl[:] = ctrl
+            batch.step(nstep=frame_skip)
+
+    return repeat(episode, len(controls) * NUM_ENVS)
 
 
-def measure_growth(args: Args) -> list[dict]:
-    """Steps per second and memory as agents, environments and the batch grow (HAPPO, else its defaults)."""
-    cases = [("agents", f"HalfCheetah-{p}", 20, 100) for p in ("1x6", "2x3", "3x2", "6x1")]
-    cases += [("agents", "Humanoid-17x1", 20, 100)]
-    cases += [("environments", "HalfCheetah-6x1", num_envs, 4096 // num_envs) for num_envs in (4, 16, 64, 256)]
-    cases += [("batch", "HalfCheetah-6x1", 32, batch // 32) for batch in (1024, 4096, 16384, 65536)]
-    rows = []
-    for what, env_id, num_envs, num_steps in cases:
-        flags = {"env_id": env_id, "num_envs": num_envs, "num_steps": num_steps, "num_threads": args.num_threads}
-        batch = num_envs * num_steps
-        flags |= {"total_timesteps": batch * max(2, 30_000 // batch), "eval_episodes": 0}
-        runs = [run_script("happo", flags) for _ in range(args.repeats)]
-        name = f"{what}: {env_id}, {num_envs} envs x {num_steps}"
-        speed = statistics.median(run.points[-1][2] for run in runs)  # with the start: few iterations of the largest
-        memory = statistics.median(run.megabytes for run in runs)
-        rows += [row("growth", name, speed, "steps/s"), row("growth", name, memory, "MB")]
-    return rows
+class CountFlops(TorchDispatchMode):
+    """Adds up the FLOPs of the matrix products made in it. (FlopCounterMode also tracks modules, and fails on ours.)"""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Count an operation by PyTorch's own formula."""
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
-def draw_growth(rows: list[dict], path: Path) -> None:
-    """Draw the rows of the part `growth`: steps per second, and memory, against agents, environments and batch."""
-    import matplotlib
+def count_flops(algorithm: str, flags: Sequence[str]) -> float:
+    """Make a script's run in this process; return the FLOPs of all its matrix products per environment step."""
+    script, num_threads = import_module(f"{algorithm}_mamujoco"), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()), CountFlops() as counted:
+        args = tyro.cli(script.Args, args=[*flags, "--run-dir", f"{tmp}/run"])
+        script.main(args)
+    torch.set_num_threads(num_threads)  # the script leaves one
+    iteration = args.num_envs * args.num_steps
+    return counted.flops / (args.total_timesteps // iteration * iteration)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for ax, what in zip(axes, ("agents", "environments", "batch"), strict=True):
-        points: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for line in rows:
-            name = re.fullmatch(rf"{what}: (\w+)-(\d+)x\d+, (\d+) envs x (\d+)", line["what"])
-            if name:
-                robot, agents, num_envs, num_steps = name[1], *map(int, name.groups()[1:])
-                x = {"agents": agents, "environments": num_envs, "batch": num_envs * num_steps}[what]
-                points.setdefault((robot, line["unit"]), []).append((x, float(line["value"])))
-        memory = ax.twinx()
-        for (robot, unit), values in points.items():
-            where, color = (memory, "C1") if unit == "MB" else (ax, "C0")
-            where.plot(*zip(*values, strict=True), "o-" if robot == "HalfCheetah" else "s", color=color)
-        ax.set(xlabel=what + (" (square: Humanoid-17x1)" if what == "agents" else ""), xscale="log", ylim=0)
-        ax.set_ylabel("steps/s", color="C0")
-        memory.set_ylabel("memory of the process, MB", color="C1")
-        memory.set_ylim(0)
-        ax.set_xticks(sorted({x for values in points.values() for x, _ in values}))
-        ax.xaxis.set_major_formatter("{x:.0f}")
-        ax.xaxis.set_minor_formatter("")
-    fig.suptitle("HAPPO on HalfCheetah-6x1, defaults but for what varies", fontsize="small")
-    fig.savefig(path, dpi=110)
+# Parts: each prints its table and returns its turns
+
+
+def measure_scripts(args: Args) -> dict[str, list[Turn]]:
+    """Whole runs at the default settings, here and in the other checkout."""
+    there, subjects = args.against and args.against.resolve(), {}
+    for algorithm in args.algorithms:
+        subjects[f"{algorithm} here"] = partial(run_script, ROOT, algorithm, args.flags())
+        if there:
+            subjects[f"{algorithm} there"] = partial(run_script, there, algorithm, args.flags())
+    turns = take_turns(subjects, args.repeats)
+    rows = [["", "process, steps/s", "training loop, steps/s", f"times as fast as {there}" if there else ""]]
+    for algorithm in args.algorithms:
+        here = turns[f"{algorithm} here"]
+        ratio = spread(ratios(speeds(here), speeds(turns[f"{algorithm} there"])), ".2f") if there else ""
+        rows.append([algorithm, spread(speeds(here)), spread(speeds(here, "training_seconds")), ratio])
+    print_table(f"Scripts: {args.total_timesteps:,} steps of {args.env_id}", rows)
+    return turns
+
+
+def measure_limit(args: Args) -> dict[str, list[Turn]]:
+    """Training loops against all their matrix products at the rate of a large one, plus bare physics."""
+    a, b, out = torch.randn(3, 1024, 1024)
+    subjects, flops = {}, {}
+    for algorithm in args.algorithms:
+        for name, settings in {f"{algorithm}, defaults": "", f"{algorithm}, HARL's settings": HARL[algorithm]}.items():
+            flops[name] = count_flops(algorithm, args.flags(settings))
+            worth = 2 * 1024**3 / max(1, flops[name])  # environment steps; MADDPG's first 10,000 have no products
+            subjects[f"{name}: products"] = repeat(partial(torch.mm, a, b, out=out), worth)
+            subjects[f"{name}: physics"] = step_physics(args.env_id, args.num_threads)
+            subjects[f"{name}: script"] = partial(run_script, ROOT, algorithm, args.flags(settings))
+    turns = take_turns(subjects, args.repeats)
+    rows = [["", "MFLOP/step", "limit, steps/s", "training loop, steps/s", "share of the limit"]]
+    for name in flops:
+        products, physics, script = (turns[f"{name}: {what}"] for what in ("products", "physics", "script"))
+        limit = [1 / (1 / x + 1 / y) for x, y in zip(speeds(products), speeds(physics), strict=True)]
+        training = speeds(script, "training_seconds")
+        shown = spread(limit), spread(training), spread(ratios(training, limit), ".0%")
+        rows.append([name, f"{flops[name] / 1e6:.2f}", *shown])
+    print_table(f"Limit: {args.env_id}, nothing but matrix products and physics", rows)
+    return turns
+
+
+def measure_envs(args: Args) -> dict[str, list[Turn]]:
+    """`envs.make_vec` against Gymnasium's and Gymnasium-Robotics' environments, and against bare physics."""
+    turns, rows = {}, []
+    for env_id in ENV_IDS:
+        gym_id, same_step = envs.ROBOTS[env_id.split("-")[0]][0], gym.vector.AutoresetMode.SAME_STEP
+        sync = gym.make_vec(gym_id, NUM_ENVS, "sync", vector_kwargs={"autoreset_mode": same_step})
+        ours = step_vec(envs.make_vec(env_id, NUM_ENVS, num_threads=args.num_threads))
+        others = {"SyncVectorEnv": step_vec(sync), "mujoco.batch alone": step_physics(env_id, args.num_threads)}
+        if find_spec("gymnasium_robotics"):
+            others["one mamujoco_v1"] = step_mamujoco(env_id)
+        of_env = take_turns({"envs.make_vec": ours} | others, args.repeats)
+        speed = speeds(of_env["envs.make_vec"])
+        rows.append([env_id, spread(speed), *(spread(ratios(speed, speeds(of_env[x])), ".2f") for x in others)])
+        turns |= {f"{env_id}: {name}": values for name, values in of_env.items()}
+    header = ["", "envs.make_vec, steps/s", *(f"times as fast as {name}" for name in others)]
+    print_table(f"Environments: {NUM_ENVS} at a time, random actions", [header, *rows])
+    return turns
+
+
+# Records
+
+
+@cache
+def commit_of(checkout: Path) -> str:
+    """The commit of a checkout, `-dirty` if files differ from it; empty outside git."""
+    return subprocess.getoutput(f"git -C {shlex.quote(str(checkout))} describe --always --dirty 2>/dev/null")
+
+
+def describe_machine() -> str:
+    """Processor and number of cores."""
+    info = Path("/proc/cpuinfo")  # Linux
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{model[1] if model else platform.processor()}, {os.cpu_count()} cores"
 
 
 def main(args: Args) -> None:
@@ -412,24 +311,18 @@ def main(args: Args) -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     mujoco.set_mju_user_warning(lambda _: None)  # Gymnasium's own model files have deprecated attributes
-    measures = {"env": measure_env, "rollout": measure_rollout, "update": measure_update, "script": measure_script}
-    measures |= {"phases": measure_phases, "return": measure_return, "growth": measure_growth}
-    rows: list[dict] = []
-    if args.csv and args.csv.exists():
-        with open(args.csv, newline="") as file:
-            rows = [line for line in csv.DictReader(file) if line["part"] not in args.parts]
-    for part in args.parts:
-        for line in measures[part](args):
-            print(f"{line['part']:8} {line['what']:56} {line['value']:>10} {line['unit']}", flush=True)
-            rows.append(line)
-        if args.csv:  # after every part: an interrupted run keeps what it has
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-            rows.sort(key=lambda line: list(measures).index(line["part"]))
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            draw_growth(rows, args.csv.with_name("growth.png"))
+    machine, date = describe_machine(), datetime.now().astimezone().isoformat(timespec="seconds")
+    measures = {"scripts": measure_scripts, "limit": measure_limit, "envs": measure_envs}
+    print(f"{machine}; commit {commit_of(ROOT)}; {date}; median [lowest to highest] of {args.repeats}", flush=True)
+    with open(args.csv or os.devnull, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        file.write("part,subject,repeat,seconds,training_seconds,steps,machine,date,commit\n")
+        for part in args.parts:
+            for subject, turns in measures[part](args).items():
+                for i, turn in enumerate(turns):
+                    numbers = f"{turn.seconds:.4f}", f"{turn.training_seconds:.4f}", round(turn.steps)
+                    writer.writerow([part, subject, i, *numbers, machine, date, commit_of(turn.checkout)])
+            file.flush()  # an interrupted run keeps what it has
 
 
 if __name__ == "__main__":
