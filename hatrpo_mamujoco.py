@@ -56,23 +56,23 @@ class Args:
 
     # Algorithm
     num_envs: int = 20  # parallel environments
-    num_steps: int = 50  # steps in each environment per iteration; the batch is num_envs * num_steps
+    num_steps: int = 100  # steps in each environment per iteration; the batch is num_envs * num_steps
     critic_learning_rate: float = 1e-3  # of the critic
     anneal_lr: bool = False  # let the learning rate fall linearly, to 0 at total_timesteps
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimation
     critic_epochs: int = 10  # passes of the critic over the batch per iteration
     num_minibatches: int = 4  # minibatches per pass; must divide the batch
-    target_kl: float = 0.005  # delta: radius of the trust region of one agent's step, mean KL in nats
+    target_kl: float = 0.03  # radius of the joint policy's trust region, mean KL in nats; delta is an agent's share
     backtrack_coeff: float = 0.8  # alpha: what a rejected step is multiplied with
     backtrack_iters: int = 10  # L: how often, before the agent keeps its old policy
     accept_ratio: float = 0.5  # kappa: least share of the gain expected by the gradient that a step must achieve
-    cg_iters: int = 4  # iterations of the conjugate gradient
-    cg_damping: float = 10.0  # added to the Fisher matrix's diagonal; little lets a step fit single samples
+    cg_iters: int = 6  # iterations of the conjugate gradient
+    cg_damping: float = 0.03  # added to the Fisher matrix's diagonal, as a share of its curvature along the gradient
     fisher_stride: int = 1  # the Fisher matrix is taken on every n-th row of the batch; the line search's KL on all
     ent_coef: float = 0.0  # coefficient of the entropy bonus, a part of the objective
     max_grad_norm: float = 10.0  # largest norm of a network's gradient; longer ones are scaled down
-    hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of actors and critic
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actors and critic
     log_std_init: float = -1.0  # log of the first standard deviation of the actions, which go from -1 to 1
     share_param: bool = False  # ablation: one network for all agents, which is told the agent's id
     fixed_order: bool = False  # ablation: update the agents in the order 0..n-1 instead of a fresh random one
@@ -371,41 +371,46 @@ def conjugate_gradient(
 
 
 def line_search(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
-    params: Tensor,
-    step: Tensor,
-    expected_gain: Tensor,
-    target_kl: float,
-    backtrack_coeff: float,
-    backtrack_iters: int,
-    accept_ratio: float,
+    evaluate: Callable, theta: Tensor, step: Tensor, expected_gain: Tensor, delta: float, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Find the smallest j in 0..backtrack_iters for which params + backtrack_coeff^j * step is good enough.
+    """Find the smallest j in 0..backtrack_iters for which theta + backtrack_coeff^j * step is good enough.
 
-    `evaluate` maps parameters to the gain of the objective over `params` and the mean KL from there. Good enough is a
-    gain of at least accept_ratio * backtrack_coeff^j * expected_gain, and a KL of at most `target_kl`.
-
-    Returns:
-        The new parameters, and what is logged. If no j is good enough: `params`, and a gain and KL of 0.
+    `evaluate` maps parameters to the gain of the objective over `theta` and the KL from there. Good enough is a gain of
+    at least accept_ratio * backtrack_coeff^j * expected_gain, and a KL of at most `delta`. Returns the new parameters,
+    and what is logged; if no j is good enough, `theta`, and a gain and KL of 0.
     """
-    for j in range(backtrack_iters + 1):
-        scale = backtrack_coeff**j
-        new_params = params + scale * step
-        gain, kl = evaluate(new_params)
-        if gain >= accept_ratio * scale * expected_gain and kl <= target_kl:
+    for j in range(args.backtrack_iters + 1):
+        scale = args.backtrack_coeff**j
+        new_theta = theta + scale * step
+        gain, kl = evaluate(new_theta)
+        if gain >= args.accept_ratio * scale * expected_gain and kl <= delta:
             break
     else:
-        new_params, gain, kl = params, torch.zeros_like(gain), torch.zeros_like(kl)
-    accepted = new_params is not params
-    stats = {"backtracks": torch.tensor(float(j)), "accepted": torch.tensor(float(accepted))}
-    return new_params, stats | {"surrogate_gain": gain, "kl": kl}
+        new_theta, gain, kl = theta, torch.zeros_like(gain), torch.zeros_like(kl)
+    stats = {"backtracks": torch.tensor(float(j)), "accepted": torch.tensor(float(new_theta is not theta))}
+    return new_theta, stats | {"surrogate_gain": gain, "kl": kl}
 
 
-def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: Tensor, args: Args) -> dict[str, Tensor]:
+def sampled_kl(logratio: Tensor) -> Tensor:
+    """Estimate KL(old || new) from log(new / old) of actions that old drew, [B]: k3 of Schulman, never negative."""
+    return (logratio.exp() - 1 - logratio).mean()
+
+
+def trpo_step(
+    actor: Actor,
+    obs: Tensor,
+    actions: Tensor,
+    logprobs: Tensor,
+    M: Tensor,
+    logratios: Sequence[Tensor],
+    delta: float,
+    args: Args,
+) -> dict[str, Tensor]:
     """Take one trust-region step on the whole batch with one agent (Kuba et al., algorithm 2, lines 11 to 13).
 
     `logprobs` [B] are the joint log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i] when they were
-    drawn, M [B] is what the ratio is weighted with. Changes the actor, but not by a bit if the step is rejected;
+    drawn, M [B] is what the ratio is weighted with, `logratios` are the log-ratios [B] of the agents before this one,
+    `delta` is its share of the joint policy's radius. Changes the actor, but not by a bit if the step is rejected;
     returns what is logged.
     """
 
@@ -417,21 +422,26 @@ def trpo_step(actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: T
     def evaluate(theta: Tensor) -> tuple[Tensor, Tensor]:
         actor.theta.copy_(theta)
         dist = actor(obs)
-        return objective(dist) - old_objective, actor.kl(old_dist, dist).mean()
+        # Where the steps fit single samples the closed form does not show it, nor do the agents one by one: the joint
+        # policy's ratio on these samples does. So its KL there may not outgrow the shares of the agents so far.
+        joint_kl = sampled_kl(sum(logratios, actor.log_prob(dist, actions) - logprobs))
+        kl = torch.maximum(actor.kl(old_dist, dist).mean(), joint_kl / (len(logratios) + 1))
+        return objective(dist) - old_objective, kl
 
     dist, old_theta = actor(obs), actor.theta.detach().clone()
     old_objective, old_dist = objective(dist), [d.detach().clone() for d in dist]
     (gradient,) = torch.autograd.grad(old_objective, actor.theta)
     H = fisher_vector_product(actor, obs[:: args.fisher_stride])
-    x, Hx = conjugate_gradient(H, gradient, args.cg_damping, args.cg_iters)
+    curvature = gradient @ H(gradient) / (gradient @ gradient)
+    x, Hx = conjugate_gradient(H, gradient, args.cg_damping * curvature, args.cg_iters)
     # beta = sqrt(2 delta / x^T H x): the step at which the quadratic model of the KL reaches delta (x = 0 gives 0)
-    step = torch.sqrt(2 * args.target_kl / (x @ Hx).clamp(min=1e-12)) * x
-    expected_gain = step @ gradient
-    search = args.target_kl, args.backtrack_coeff, args.backtrack_iters, args.accept_ratio
-    theta, stats = line_search(evaluate, old_theta, step, expected_gain, *search)
+    step = torch.sqrt(2 * delta / (x @ Hx).clamp(min=1e-12)) * x
+    expected_gain, grad_norm = step @ gradient, gradient.norm()
+    theta, stats = line_search(evaluate, old_theta, step, expected_gain, delta, args)
     actor.theta.data.copy_(theta)
-    losses = {"policy_loss": -old_objective.detach(), "entropy": actor.entropy(old_dist).mean()}
-    return stats | losses | {"expected_gain": expected_gain, "grad_norm": gradient.norm()}
+    stats |= {"policy_loss": -old_objective.detach(), "entropy": actor.entropy(old_dist).mean(), "grad_norm": grad_norm}
+    step_cosine = expected_gain / (step.norm() * grad_norm).clamp(min=1e-12)
+    return stats | {"expected_gain": expected_gain, "step_cosine": step_cosine}
 
 
 def hatrpo_update(
@@ -451,13 +461,15 @@ def hatrpo_update(
     with torch.no_grad():  # of all before any changes: with shared parameters all would
         logprobs = [actor.log_prob(actor(o), a) for actor, o, a in zip(actors, obs, actions, strict=True)]
     order = torch.randperm(len(actors), generator=generator).tolist()
-    M = advantages
+    M, logratios = advantages, []
     for i in sorted(order) if args.fixed_order else order:
-        stats[i] = {"M_std": M.std()} | trpo_step(actors[i], obs[i], actions[i], logprobs[i], M, args)
+        trust = logratios, args.target_kl / len(actors)
+        stats[i] = {"M_std": M.std()} | trpo_step(actors[i], obs[i], actions[i], logprobs[i], M, *trust, args)
         with torch.no_grad():
-            # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what this one changed.
-            # A itself is not recomputed, M is neither normalised nor clipped.
-            M = M * torch.exp(actors[i].log_prob(actors[i](obs[i]), actions[i]) - logprobs[i])
+            logratios.append(actors[i].log_prob(actors[i](obs[i]), actions[i]) - logprobs[i])
+        # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what this one changed.
+        # A itself is not recomputed, M is neither normalised nor clipped.
+        M = M * logratios[-1].exp()
     return stats, M
 
 

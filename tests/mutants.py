@@ -7,11 +7,13 @@ A fault in a line that several scripts have is made in all of them (in ippo_mamu
 and tests/test_siblings.py does not take part, so that what is caught is the fault and not the difference.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,27 +48,34 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
     ("log_std taken for a variance", SCRIPTS, "z = (actions - mean) * torch.exp(-log_std)", "z = (actions - mean) * torch.exp(-log_std / 2)"),
     ("gradient never clipped", SCRIPTS[1:2], "nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)", "pass"),
     ("M not updated", SCRIPTS[1:2], "            M = M * ratio\n", "            pass\n"),
-    ("M not updated (HATRPO)", SCRIPTS[2:], "            M = M * torch.exp(", "            _ = M * torch.exp("),
+    ("M not updated (HATRPO)", SCRIPTS[2:], "M = M * logratios[-1].exp()", "pass"),
     ("M multiplied with the inverse ratio", SCRIPTS[1:2], "M = M * ratio", "M = M / ratio"),
-    ("M multiplied with the inverse ratio (HATRPO)", SCRIPTS[2:], "            M = M * torch.exp(", "            M = M / torch.exp("),
+    ("M multiplied with the inverse ratio (HATRPO)", SCRIPTS[2:], "M = M * logratios[-1].exp()", "M = M / logratios[-1].exp()"),
     ("M starts again from A", SCRIPTS[1:2], "M = M * ratio", "M = advantages * ratio"),
-    ("M starts again from A (HATRPO)", SCRIPTS[2:], "            M = M * torch.exp(", "            M = advantages * torch.exp("),
+    ("M starts again from A (HATRPO)", SCRIPTS[2:], "M = M * logratios[-1].exp()", "M = advantages * logratios[-1].exp()"),
     ("M normalised after each agent", SCRIPTS[1:], "    return stats, M\n", "    return stats, M / M.std()\n"),
     ("the actors see A instead of M", SCRIPTS[1:2], "logprobs[i][mb], M[mb]", "logprobs[i][mb], advantages[mb]"),
     ("order never random", SCRIPTS[1:], "if args.fixed_order else order:", "if args.fixed_order else sorted(order):"),
     ("KL the wrong way round", SCRIPTS[2:], "(old_mean, old_log_std), (mean, log_std) = old, new", "(old_mean, old_log_std), (mean, log_std) = new, old"),
     ("no damping", SCRIPTS[2:], "H_direction + damping * direction", "H_direction"),
     ("pi_old of an agent after the others' updates", SCRIPTS[1:2], "batch = obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb]", "batch = obs[i][mb], actions[i][mb], actors[i].log_prob(actors[i](obs[i][mb]), actions[i][mb]).detach(), M[mb]"),
-    ("half the step length", SCRIPTS[2:], "torch.sqrt(2 * args.target_kl", "torch.sqrt(args.target_kl"),
-    ("KL not checked in the line search", SCRIPTS[2:], "expected_gain and kl <= target_kl", "expected_gain"),
-    ("gain not checked in the line search", SCRIPTS[2:], "if gain >= accept_ratio * scale * expected_gain and kl", "if kl"),
-    ("gain of a full step expected from a short one", SCRIPTS[2:], "accept_ratio * scale * expected_gain", "accept_ratio * expected_gain"),
-    ("one backtrack too few", SCRIPTS[2:], "range(backtrack_iters + 1)", "range(backtrack_iters)"),
-    ("rejected step's KL and gain reported", SCRIPTS[2:], "new_params, gain, kl = params, torch.zeros_like(gain), torch.zeros_like(kl)", "new_params = params"),
-    ("rejected step kept", SCRIPTS[2:], "    actor.theta.data.copy_(theta)\n    losses", "    losses"),
+    ("half the step length", SCRIPTS[2:], "torch.sqrt(2 * delta", "torch.sqrt(delta"),
+    ("KL not checked in the line search", SCRIPTS[2:], "expected_gain and kl <= delta", "expected_gain"),
+    ("gain not checked in the line search", SCRIPTS[2:], "gain >= args.accept_ratio * scale * expected_gain and kl", "kl"),
+    ("gain of a full step expected from a short one", SCRIPTS[2:], "args.accept_ratio * scale * expected_gain", "args.accept_ratio * expected_gain"),
+    ("one backtrack too few", SCRIPTS[2:], "range(args.backtrack_iters + 1)", "range(args.backtrack_iters)"),
+    ("rejected step's KL and gain reported", SCRIPTS[2:], "new_theta, gain, kl = theta, torch.zeros_like(gain), torch.zeros_like(kl)", "new_theta = theta"),
+    ("rejected step kept", SCRIPTS[2:], "    actor.theta.data.copy_(theta)\n    stats |=", "    stats |="),
     ("steepest descent for conjugate gradient", SCRIPTS[2:], "direction = residual + rr / old_rr * direction", "direction = residual"),
     ("conjugate gradient never stops", SCRIPTS[2:], "        if rr < tolerance:\n            break\n", ""),
     ("Fisher matrix on the wrong rows' scale", SCRIPTS[2:], "for d in dist], new).mean(), new, create", "for d in dist], new).sum(), new, create"),
+    ("damping that is no share of the curvature", SCRIPTS[2:], "args.cg_damping * curvature", "args.cg_damping"),
+    ("curvature per norm instead of squared norm", SCRIPTS[2:], "/ (gradient @ gradient)", "/ gradient.norm()"),
+    ("every agent gets the joint policy's radius", SCRIPTS[2:], "args.target_kl / len(actors)", "args.target_kl"),
+    ("the batch's KL of one agent, not of the joint policy", SCRIPTS[2:], "sampled_kl(sum(logratios, actor", "sampled_kl(sum([], actor"),
+    ("the batch's KL not checked", SCRIPTS[2:], "torch.maximum(actor.kl(old_dist, dist).mean(), joint_kl / (len(logratios) + 1))", "actor.kl(old_dist, dist).mean()"),
+    ("the batch's KL gets one share for all agents", SCRIPTS[2:], "joint_kl / (len(logratios) + 1)", "joint_kl"),
+    ("only the batch's KL checked", SCRIPTS[2:], "torch.maximum(actor.kl(old_dist, dist).mean(), joint_kl / (len(logratios) + 1))", "joint_kl / (len(logratios) + 1)"),
     ("length of the step from the damped matrix", SCRIPTS[2:], "Hx + alpha * H_direction", "Hx + alpha * damped"),
     ("truncation taken for termination", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * (1 - terminations) * (1 - truncations) * next_values"),
     ("termination ignored", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * next_values"),
@@ -135,8 +144,9 @@ MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
 ]  # fmt: skip
 
 
-def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> str:
-    """Make the fault in a temporary copy, run the tests until one fails; return its name, or "" if none does."""
+def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> tuple[str, float]:
+    """Make the fault in a temporary copy, run the tests until one fails; return its name or "", and the seconds."""
+    start = time.time()
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp, "project")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "benchmark", "__pycache__"))
@@ -155,24 +165,24 @@ def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> 
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
         out = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
     failed = [line.split()[1] for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].removeprefix("tests/") if failed else ""
+    return (failed[0].removeprefix("tests/") if failed else ""), time.time() - start
 
 
 def main() -> None:
     """Print the table; exit with 1 if a mutant survives."""
-    chosen = [int(number) for number in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
-    if not sys.argv[1:] and (failed := run_mutant("nothing", (), "", "")):
-        raise SystemExit(f"{failed} fails with nothing broken: what the others catch would mean nothing")
+    numbers = [int(number) for number in sys.argv[1:]] or range(len(MUTANTS) + 1)
+    chosen = [MUTANTS[number - 1] if number else ("nothing", (), "", "") for number in numbers]
     survivors = 0
-    for number in chosen:
-        start = time.time()
-        caught = run_mutant(*MUTANTS[number - 1])
-        survivors += not caught
-        print(
-            f"| {number} | {MUTANTS[number - 1][0]} | {caught or 'SURVIVED'} | {time.time() - start:.0f} s |",
-            flush=True,
-        )
-    print(f"{len(chosen)} mutants, {survivors} survived")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda mutant: run_mutant(*mutant), chosen)
+        for number, mutant, (caught, seconds) in zip(numbers, chosen, results, strict=True):
+            if caught and not number:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(f"{caught} fails with nothing broken: what the others catch would mean nothing")
+            if number:
+                survivors += not caught
+                print(f"| {number} | {mutant[0]} | {caught or 'SURVIVED'} | {seconds:.0f} s |", flush=True)
+    print(f"{len(chosen) - (0 in numbers)} mutants, {survivors} survived")
     raise SystemExit(survivors > 0)
 
 

@@ -206,8 +206,15 @@ def run_happo(
 def run_hatrpo(
     actors: Sequence[TabularActor], batch: tuple, args: hatrpo.Args, seed: int = 0
 ) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
-    """The shipped HATRPO."""
-    return hatrpo.hatrpo_update(actors, *batch, args, Generator().manual_seed(seed))
+    """The shipped HATRPO; `target_kl` is the radius of one agent.
+
+    Every (s, a) is one row, with its weight in A and in the KL, not a sample: there is nothing to estimate from them.
+    """
+    args = copy.copy(args)
+    args.target_kl = float(np.float32(args.target_kl)) * len(actors)  # so that it is divided without rounding
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hatrpo, "sampled_kl", lambda _: torch.tensor(0.0))
+        return hatrpo.hatrpo_update(actors, *batch, args, Generator().manual_seed(seed))
 
 
 def run_mappo(actors: Sequence[TabularActor], batch: tuple, args: mappo.Args) -> None:

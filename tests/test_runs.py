@@ -243,7 +243,7 @@ def test_annealing_follows_the_total_in_force(tmp_path: Path):
 
     train(script, tmp_path / "run", total_timesteps=2 * ITERATION, anneal_lr=True)
     resume(script, tmp_path / "run", total_timesteps=4 * ITERATION)
-    rates = [rate / 5e-4 for _, rate in scalars(tmp_path / "run")["charts/learning_rate"]]
+    rates = [rate / script.Args().learning_rate for _, rate in scalars(tmp_path / "run")["charts/learning_rate"]]
     np.testing.assert_allclose(rates, [1, 1 / 2, 1 / 2, 1 / 4], rtol=1e-6)
 
 

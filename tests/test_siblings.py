@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAIRS = [("mappo", "happo", 50), ("happo", "hatrpo", 200), ("mappo", "ippo", 55)]  # and the most changed lines
+PAIRS = [("mappo", "happo", 50), ("happo", "hatrpo", 220), ("mappo", "ippo", 55)]  # and the most changed lines
 # The lines of a script: what a reader has to read in one sitting. 5% more fail.
-LINES = {"mappo": 590, "happo": 595, "ippo": 600, "hatrpo": 675, "maddpg": 580}
+LINES = {"mappo": 590, "happo": 595, "ippo": 600, "hatrpo": 680, "maddpg": 580}
 MAIN_LINES = 145
 
 # Where the scripts may differ: from the line that matches the first pattern up to the line that matches the second.

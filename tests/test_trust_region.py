@@ -51,6 +51,13 @@ def policy(actor, obs, theta=None):
     return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
 
 
+def joint_kl(dist, batch, earlier):
+    """What a batch says of KL(old || new) of the joint policy: this agent's ratio times those of the earlier ones."""
+    _, actions, logprobs, _ = batch
+    ratio = torch.stack([*earlier, dist.log_prob(actions) - logprobs]).sum(0).exp()
+    return (ratio - 1 - ratio.log()).mean().item()
+
+
 def fisher_matrix(actor, obs):
     """The explicit Hessian of the mean KL(pi_old || pi) at pi_old."""
     old = policy(actor, obs)
@@ -179,9 +186,8 @@ def search(gain, kl, expected_gain=1.0, target_kl=0.01, coeff=0.5, iters=10, acc
         tried.append(share)
         return torch.tensor(float(gain(share))), torch.tensor(float(kl(share)))
 
-    new_params, stats = hatrpo.line_search(
-        evaluate, PARAMS, STEP, torch.tensor(expected_gain), target_kl, coeff, iters, accept_ratio
-    )
+    args = make_args(backtrack_coeff=coeff, backtrack_iters=iters, accept_ratio=accept_ratio)
+    new_params, stats = hatrpo.line_search(evaluate, PARAMS, STEP, torch.tensor(expected_gain), target_kl, args)
     assert tried == pytest.approx([coeff**j for j in range(len(tried))])
     assert set(stats) == {"backtracks", "accepted", "surrogate_gain", "kl"}
     if stats["accepted"] == 0:
@@ -271,35 +277,41 @@ def make_args(**changed):
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_step_is_built_from_gradient_and_damped_fisher_matrix(ent_coef, stride, monkeypatch):
-    """What conjugate gradient and line search get: g, H, damping, a step on the quadratic model's boundary."""
+    """What conjugate gradient and line search get: g, H, a share of g'Hg / g'g, a step on the model's boundary."""
     actor = make_actor(3)
     batch = make_batch(actor, 3)
     batch[3].mul_(1e4)  # the step does not depend on M's size, but relative to it conjugate gradient is exact
     args, old = make_args(ent_coef=ent_coef, fisher_stride=stride, cg_damping=0.37, cg_iters=77), flatten(actor)
     H = fisher_matrix(actor, batch[0][::stride])
     gradient = grad(lambda flat: objective(policy(actor, batch[0], flat), batch, ent_coef))(old)
+    absolute = 0.37 * (gradient @ H @ gradient / (gradient @ gradient)).item()
+    earlier = [0.1 * torch.randn(len(batch[0])), 0.2 * torch.randn(len(batch[0]))]
     seen = {}
 
     def solve(product, b, damping, cg_iters):
         torch.testing.assert_close(matrix_of(product, len(b)), H, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(b, gradient, rtol=1e-10, atol=1e-12)
-        assert (damping, cg_iters) == (0.37, 77)
+        assert damping == pytest.approx(absolute, rel=1e-9) and cg_iters == 77
         x = torch.linalg.solve(H + damping * torch.eye(len(b)), b)
         return x, H @ x
 
     def line_search(evaluate, params, step, expected_gain, *settings_):
-        assert settings_ == (0.01, 0.8, 10, 0.5)
+        assert settings_ == (0.01, args)
         assert torch.equal(params, old)
-        x = torch.linalg.solve(H + 0.37 * torch.eye(len(old)), gradient)
+        x = torch.linalg.solve(H + absolute * torch.eye(len(old)), gradient)
         torch.testing.assert_close(step, x * torch.sqrt(0.02 / (x @ H @ x)), rtol=1e-8, atol=1e-12)
         assert 0.5 * step @ H @ step == pytest.approx(0.01, rel=1e-8)
-        for scale in (1, 0.5, -1e-3):  # the gain is of the objective, and the KL is on the whole batch
+        seen["larger"] = set()
+        for scale in (1, 3, -1e-3):  # the gain is of the objective, and both KLs are on the whole batch
             gain, kl = evaluate(params + scale * step)
             flat = params + scale * step
             before, after = policy(actor, batch[0], params), policy(actor, batch[0], flat)
             expected = objective(after, batch, ent_coef) - objective(before, batch, ent_coef)
             assert gain == pytest.approx(expected.item(), rel=1e-9, abs=1e-9)
-            assert kl == pytest.approx(kl_divergence(before, after).mean().item(), rel=1e-9)
+            kls = kl_divergence(before, after).mean().item(), joint_kl(after, batch, earlier) / 3
+            assert kl == pytest.approx(max(kls), rel=1e-9)
+            seen["larger"].add(kls.index(max(kls)))
+        assert seen["larger"] == {0, 1}
         h = 1e-6
         dists = (policy(actor, batch[0], params + sign * h * step) for sign in (1, -1))
         up, down = (objective(dist, batch, ent_coef) for dist in dists)
@@ -311,13 +323,15 @@ def test_step_is_built_from_gradient_and_damped_fisher_matrix(ent_coef, stride, 
     monkeypatch.setattr(hatrpo, "line_search", line_search)
     before = objective(policy(actor, batch[0]), batch, ent_coef)
     entropy = policy(actor, batch[0]).entropy().mean().item()
-    stats = hatrpo.trpo_step(actor, *batch, args)
+    stats = hatrpo.trpo_step(actor, *batch, earlier, 0.01, args)
     assert 0.5 * (flatten(actor) - old) @ H @ (flatten(actor) - old) == pytest.approx(0.0025, rel=1e-8)
     assert stats["kl"] == 0.123  # the line search's word is passed on
     assert stats["expected_gain"] == seen["expected_gain"]
     assert stats["policy_loss"] == pytest.approx(-before.item())
     assert stats["grad_norm"] == pytest.approx(gradient.square().sum().sqrt().item())
     assert stats["entropy"] == pytest.approx(entropy)
+    x = torch.linalg.solve(H + absolute * torch.eye(len(old)), gradient)
+    assert stats["step_cosine"] == pytest.approx(torch.cosine_similarity(x, gradient, dim=0).item())
 
 
 def test_no_step_ever_leaves_the_trust_region():
@@ -340,14 +354,15 @@ def test_no_step_ever_leaves_the_trust_region():
             ent_coef=float(rng.choice([0, 0.01])),
         )
         old_params, old = flatten(actor), policy(actor, batch[0])
-        stats = hatrpo.trpo_step(actor, *batch, args)
+        earlier = [0.1 * torch.randn(8)] * int(rng.integers(0, 3))
+        stats = hatrpo.trpo_step(actor, *batch, earlier, args.target_kl, args)
         new, accepted = policy(actor, batch[0]), int(stats["accepted"])
         outcomes[accepted] += 1
         if not accepted:
             assert torch.equal(flatten(actor), old_params)
             assert stats["kl"] == 0 and stats["surrogate_gain"] == 0
             continue
-        kl = kl_divergence(old, new).mean().item()
+        kl = max(kl_divergence(old, new).mean().item(), joint_kl(new, batch, earlier) / (len(earlier) + 1))
         gain = (objective(new, batch, args.ent_coef) - objective(old, batch, args.ent_coef)).item()
         assert kl <= args.target_kl * (1 + 1e-9)
         assert stats["kl"].item() == pytest.approx(kl, rel=1e-6, abs=1e-12)
@@ -365,7 +380,7 @@ def test_rejected_step_changes_nothing(dtype):
     actor = make_actor(0).to(dtype)
     batch = [x.to(dtype) for x in make_batch(make_actor(0), 0)]
     old = flatten(actor)
-    stats = hatrpo.trpo_step(actor, *batch, make_args(accept_ratio=1e6))
+    stats = hatrpo.trpo_step(actor, *batch, [], 0.01, make_args(accept_ratio=1e6))
     assert torch.equal(actor.theta, old) and actor.theta.dtype == dtype
     assert (stats["accepted"], stats["kl"], stats["surrogate_gain"], stats["backtracks"]) == (0, 0, 0, 10)
     assert stats["expected_gain"] > 0
@@ -376,6 +391,6 @@ def test_zero_M_makes_no_nan():
     actor = make_actor(0)
     obs, actions, logprobs, _ = make_batch(actor, 0)
     old = flatten(actor)
-    stats = hatrpo.trpo_step(actor, obs, actions, logprobs, torch.zeros(len(obs)), make_args())
+    stats = hatrpo.trpo_step(actor, obs, actions, logprobs, torch.zeros(len(obs)), [], 0.01, make_args())
     assert torch.equal(flatten(actor), old)
     assert all(torch.isfinite(value) for value in stats.values())
