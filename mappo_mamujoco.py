@@ -415,8 +415,11 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all: a kill or a full disk leaves what was there before."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
+    try:
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as e:  # PyTorch's word for whatever stopped the file from being written
+        raise e.__context__ or e from None
     path.with_suffix(".tmp").replace(path)
 
 

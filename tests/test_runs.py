@@ -1,6 +1,7 @@
 """Runs that are stopped, resumed, evaluated, shared, tracked, and that fail."""
 
 import errno
+import io
 import os
 import resource
 import runpy
@@ -377,6 +378,25 @@ def test_full_disk_loses_nothing(copied: Path):
     resume(script, copied, total_timesteps=6 * ITERATION)
     points = scalars(copied)["losses/value_loss"]
     assert [step for step, _ in points] == [ITERATION * i for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_stops_a_large_checkpoint_is_told(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """PyTorch makes a RuntimeError of what a file raises in the middle; the old file stays."""
+    import happo_mamujoco as script
+
+    class Disk(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            if self.tell() > 2**16:
+                raise error
+            return super().write(data)
+
+    script.save({"step": 1}, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr("builtins.open", lambda *_: Disk())
+    with pytest.raises(type(error)) as raised:
+        script.save({"step": 2, "buffer": torch.zeros(2**16)}, tmp_path / "checkpoint.pt")
+    monkeypatch.undo()
+    assert raised.value is error and newest(tmp_path) == {"step": 1}
 
 
 def test_deleted_run_directory_is_one_line(tmp_path: Path):
