@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import tyro
+from conftest import SIBLINGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ MADDPG = ["--learning-starts", "500", "--batch-size", "32", "--buffer-size", "10
 class Args:
     """Command line."""
 
-    scripts: tuple[str, ...] = ("mappo", "happo", "hatrpo", "ippo", "maddpg")  # which scripts
+    scripts: tuple[str, ...] = tuple(SIBLINGS)  # which scripts
     kills: int = 20  # how often each is killed
     seconds: float = 2.0  # kills come up to so long after training has begun
     seed: int = 1  # of the moments

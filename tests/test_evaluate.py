@@ -12,6 +12,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
+from conftest import SIBLINGS
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
 
@@ -85,7 +86,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("env_id", "flags"), CASES, ids=[f"{env_id} {' '.join(flags)}" for env_id, flags in CASES])
-@pytest.mark.parametrize("name", ["mappo", "happo", "hatrpo", "ippo", "maddpg"])
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_the_score_is_that_of_the_script(name: str, env_id: str, flags: dict, tmp_path: Path, capsys, monkeypatch):
     """Mean, deviation, minimum, maximum and mean length of the run's last evaluation, to the last bit, and printed."""
     if name == "maddpg" and "share_param" in flags:

@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import SIBLINGS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,9 +21,6 @@ pytestmark = pytest.mark.slow  # whole runs and processes
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-envs", "4", "--num-steps", "32", "--hidden-sizes", "16", "16", "--num-threads", "1"]
-PPO_TAGS = {"policy_loss", "entropy", "approx_kl", "clip_fraction"}
-TRPO_TAGS = {"kl", "surrogate_gain", "expected_gain", "backtracks", "accepted", "grad_norm", "entropy"}
-AGENT_TAGS = {"mappo": PPO_TAGS, "ippo": PPO_TAGS, "happo": PPO_TAGS | {"M_std"}, "hatrpo": TRPO_TAGS | {"M_std"}}
 
 
 def run(script: ModuleType, *flags: object) -> subprocess.CompletedProcess:
@@ -80,7 +78,7 @@ def test_log_and_model(script: ModuleType, tmp_path: Path):
     charts |= set() if "hatrpo" in script.__name__ else {"learning_rate"}
     assert {f"charts/{tag}" for tag in charts} | {"losses/value_loss", "losses/explained_variance"} <= scalars.keys()
     for agent in (0, 1):
-        tags = AGENT_TAGS[script.__name__.split("_")[0]]
+        tags = SIBLINGS[script.__name__.split("_")[0]].tags
         assert {f"agent_{agent}/{tag}" for tag in tags} <= scalars.keys()
     assert scalars["charts/episodic_length"] == [50.0] * len(scalars["charts/episodic_length"])
     assert [event.step for event in log.Scalars("losses/value_loss")] == list(range(128, 1281, 128))
