@@ -312,19 +312,14 @@ def test_evaluation_counts_the_first_episode_of_each_environment(script: ModuleT
     assert (log["eval/episodic_return_min"], log["eval/episodic_return_max"]) == (3, 28)
 
 
-def readme_block(word: str) -> str:
-    """The Python block of the README that contains `word`."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    return next(block.split("```")[0] for block in blocks if word in block.split("```")[0])
-
-
 @pytest.mark.parametrize("flags", [{}, {"agent_obsk": 0}], ids=["full", "partial"])
 def test_shared_policy_scores_in_gymnasium_what_was_logged(script: ModuleType, flags: dict, tmp_path: Path):
-    """README's lines load a model and play Gymnasium's own Hopper-v5: return and length are those of the log."""
+    """docs/usage.md's lines load a model and play Gymnasium's own Hopper-v5: return and length are those of the log."""
     args = {"env_id": "Hopper-3x1", "total_timesteps": 4 * ITERATION, "eval_episodes": 4}
     train(script, tmp_path / "run", **args, **flags)
     names: dict = {}
-    exec(readme_block("def policy").replace("MODEL", str(tmp_path / "run" / "model.pt")), names)
+    lines = (ROOT / "docs/usage.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(lines.replace("MODEL", str(tmp_path / "run" / "model.pt")), names)
     env, episodes = gym.make("Hopper-v5"), []
     for i in range(4):
         obs, _ = env.reset(seed=1 + 1_000_000 + i)
