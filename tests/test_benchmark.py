@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,12 +262,14 @@ def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path, run_jobs):
     write_job(tmp_path, 512)
     assert run_jobs() == (0, ["1 jobs, 1 finished before", "0 of 0 jobs in 0.0 min, 0 failed"])
 
-    write_job(tmp_path, 768)
+    longer = {"flags": "--total-timesteps 768"}  # the file still says 512
     with FileLock(run / "lock"):  # as a script does that has outlived its runner
-        code, lines = run_jobs()
+        code, lines = run_jobs(**longer)
     assert code == 1 and f"{run.name}: FAILED with 1: another process is at work on it" in lines[1]
     assert step_of(run) == 512 and len(starts(run)) == 1
-    assert run_jobs()[0] == 0
+    assert run_jobs(**longer)[0] == 0
+    assert run_jobs()[1][0] == "1 jobs, 1 finished before"  # longer than the file says
+    assert run_jobs(flags="--gamma 0.9")[1][0].startswith(f"{run.name}: FAILED: begun with gamma 0.99, not 0.9")
     assert step_of(run) == 768 and [start["command"][-2] for start in starts(run)] == ["--run-dir", "--resume"]
     speeds = {point.step: point.value for point in EventAccumulator(str(run)).Reload().Scalars("charts/SPS")}
     assert plot.read_log(run)["seconds"] == pytest.approx([512 / speeds[512] + 256 / speeds[768]])
@@ -388,11 +391,19 @@ def test_bad_job_files_are_one_line(tmp_path: Path, text: str, message: str, cap
 @pytest.mark.parametrize("name", ["halfcheetah", "walker_ant", "figure3", "figure4"])
 def test_job_files_are_understood(name: str, tmp_path: Path):
     """Every job of the published figures has flags that its script understands, and another directory."""
-    jobs = runner.read_jobs(ROOT / "benchmark" / f"{name}.toml", tmp_path)
-    sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 5, "figure4": 6 * 3 * 5}
+    job_file = ROOT / "benchmark" / f"{name}.toml"
+    jobs = runner.read_jobs(job_file, tmp_path)
+    sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 3, "figure4": 6 * 3 * 3}
     assert len({job.run_dir for job in jobs}) == len(jobs) == sizes[name]
     for job in jobs:
         algorithm = Path(job.command[0]).stem.split("_")[0]
         shared, fixed = (f"__{algorithm}-{v}__" in job.run_dir.name for v in ("shared", "fixed"))
         assert (getattr(job.args, "share_param", False), getattr(job.args, "fixed_order", False)) == (shared, fixed)
-        assert job.args.total_timesteps >= 1_000_000 and job.args.num_threads == 1
+        steps = 500_000 if (name, algorithm) == ("figure3", "maddpg") else 1_000_000
+        assert job.args.total_timesteps == steps and job.args.num_threads == 1
+        assert (job.args.eval_interval == 50_000) == (job.args.eval_episodes == 20) == name.startswith("figure")
+    if name.startswith("figure"):
+        (flags,) = re.findall('--flags="(.+)"', job_file.read_text())  # the tutorial's length, in a comment
+        for job in runner.read_jobs(job_file, tmp_path, flags):  # of all: they win over [[extra]]
+            args = job.args
+            assert (args.total_timesteps, args.eval_interval, args.eval_episodes) == (10_000_000, 100_000, 40)
