@@ -1,7 +1,7 @@
 """From runs to small CSV files, and from these to figures, tables and comparisons.
 
     python benchmark/plot.py record runs/halfcheetah benchmark/results/halfcheetah  # TensorBoard logs to CSV
-    python benchmark/plot.py figure benchmark/results/halfcheetah                   # writes figure.png beside them
+    python benchmark/plot.py figure benchmark/results/halfcheetah                   # writes figure.png, hours.png there
     python benchmark/plot.py table benchmark/results/halfcheetah                    # prints Markdown
     python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
 
@@ -14,9 +14,10 @@ import csv
 import json
 import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import numpy as np
 import tyro
@@ -25,9 +26,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 COLUMNS = "step", "seconds", "train_return", "eval_return", "steps_per_second"
 BIN, MAX_ROWS = 10_000, 200  # a row averages so many steps, or a multiple of them in runs that would need more rows
-ALGORITHMS = "hatrpo", "happo", "mappo", "ippo", "maddpg"  # their order in figures and tables
+FIGURE3 = tomllib.loads(Path(__file__).with_name("figure3.toml").read_text())
+TASKS, ALGORITHMS = FIGURE3["env_ids"], FIGURE3["algorithms"]  # their order in figures and tables
 RESAMPLES = 10_000
 RUN_NAME = re.compile(r"((?:(?!__).)+)__((?:(?!__).)+)__(\d+)")
+Directory = Annotated[Path, tyro.conf.Positional]
+
+
+def usage_error(message: object) -> NoReturn:
+    """Say in one line what is wrong, and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 @dataclass
@@ -92,8 +101,8 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
     return dict(zip(COLUMNS, columns, strict=True))
 
 
-def record(runs: Path, results: Path) -> None:
-    """Write the CSV of each run below a directory, and all their descriptions; exits with 1 if there are none."""
+def record(runs: Directory, results: Directory) -> None:
+    """Write the CSV of each run below a directory, and all their descriptions; a usage error if there are none."""
     described = []
     for path in sorted(runs.glob("*.jsonl")):
         run_dir = path.with_suffix("")
@@ -113,13 +122,13 @@ def record(runs: Path, results: Path) -> None:
         starts = [json.loads(line) for line in path.read_text().splitlines()]
         described.append({"run": run_dir.name, "starts": len(starts)} | starts[-1])
     if not described:
-        raise SystemExit(f"error: {runs} has no runs with a log")
+        usage_error(f"{runs} has no runs with a log")
     (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in described))
     print(f"{len(described)} runs recorded in {results}")
 
 
 def load(results: Path) -> dict[tuple[str, str], list[Run]]:
-    """The recorded runs of a directory by environment and algorithm, in the order of the seeds."""
+    """The recorded runs of a directory by environment and algorithm, in figure 3's order."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for path in sorted(results.glob("*.csv")):
         name = RUN_NAME.fullmatch(path.stem)
@@ -130,8 +139,8 @@ def load(results: Path) -> dict[tuple[str, str], list[Run]]:
         run = Run(env_id, algorithm, int(seed), {name: np.atleast_1d(table[name]) for name in table.dtype.names})
         groups.setdefault((env_id, algorithm), []).append(run)
     if not groups:
-        raise SystemExit(f"error: {results} has no recorded runs")
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], rank(item[0][1]))))
+        usage_error(f"{results} has no recorded runs")
+    return dict(sorted(groups.items(), key=lambda item: (rank(item[0][0]), rank(item[0][1]))))
 
 
 def final_returns(runs: list[Run]) -> np.ndarray:
@@ -140,10 +149,11 @@ def final_returns(runs: list[Run]) -> np.ndarray:
     return scores[np.isfinite(scores)]
 
 
-def rank(algorithm: str) -> tuple[int, str]:
-    """Sorts algorithms as in `ALGORITHMS`; variants come after theirs."""
-    name = algorithm.split("-")[0]
-    return ALGORITHMS.index(name) if name in ALGORITHMS else len(ALGORITHMS), algorithm
+def rank(name: str) -> tuple[int, str]:
+    """Sorts algorithms as in `ALGORITHMS`, variants after theirs, and tasks as in `TASKS`; others come last."""
+    known = [*ALGORITHMS, *TASKS]
+    base = name if name in TASKS else name.split("-")[0]
+    return known.index(base) if base in known else len(known), name
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -165,7 +175,7 @@ def confidence_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
-def table(results: Path) -> None:
+def table(results: Directory) -> None:
     """Print what the runs reached at their end."""
     print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -191,8 +201,17 @@ def table(results: Path) -> None:
         print(f"| {' | '.join(columns)} |")
 
 
-def figure(results: Path) -> None:
-    """Draw `figure.png`: training return against steps and hours; line: mean over seeds, band: lowest to highest.
+def curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Million steps [n], mean hours [n] and evaluation returns [seeds, n] where the shortest run was evaluated."""
+    points = [finite(run, "step", "eval_return") for run in runs]
+    steps = min((x for x, _ in points), key=lambda x: x[-1])
+    steps = steps[steps >= max(x[0] for x, _ in points)]
+    seconds = [np.interp(steps, run.columns["step"], run.columns["seconds"]) for run in runs]
+    return steps / 1e6, np.mean(seconds, axis=0) / 3600, np.array([np.interp(steps, x, y) for x, y in points])
+
+
+def figure(results: Directory) -> None:
+    """Draw the evaluation return of each task: against steps in `figure.png`, against hours in `hours.png`.
 
     Colours are algorithms; variants of one (<algorithm>-<variant>) differ in their dashes.
     """
@@ -200,32 +219,38 @@ def figure(results: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
-    groups = load(results)
+    groups = {key: runs for key, runs in load(results).items() if len(final_returns(runs)) == len(runs)}
+    if not groups:
+        usage_error(f"{results} has no evaluations")
     env_ids = list(dict.fromkeys(env_id for env_id, _ in groups))
-    fig, axes = plt.subplots(len(env_ids), 2, figsize=(10, 3.6 * len(env_ids)), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(algorithm for _, algorithm in groups))
-    for (env_id, algorithm), runs in groups.items():
-        row, color = axes[env_ids.index(env_id)], f"C{rank(algorithm)[0]}"
-        siblings = sorted(name for name in names if rank(name)[0] == rank(algorithm)[0])
-        style = ("-", "--", ":", "-.")[siblings.index(algorithm) % 4]
-        if not all(len(finite(run, "step", "train_return")[0]) for run in runs):
-            continue  # no episode has ended yet
-        steps = min((run.columns["step"] for run in runs), key=len)
-        returns = np.array([np.interp(steps, *finite(run, "step", "train_return")) for run in runs])
-        hours = np.mean([np.interp(steps, run.columns["step"], run.columns["seconds"]) for run in runs], axis=0) / 3600
-        for ax, x in zip(row, (steps / 1e6, hours), strict=True):
-            ax.plot(x, returns.mean(axis=0), style, color=color, label=f"{algorithm.upper()} ({len(runs)})")
-            ax.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.15, linewidth=0)
-    for env_id, row in zip(env_ids, axes, strict=True):
-        row[0].set(title=env_id, xlabel="million environment steps", ylabel="training return")
-        row[1].set(title=env_id, xlabel="hours of training")
-        row[0].legend(frameon=False)
-        for ax in row:
+    names = sorted({algorithm for _, algorithm in groups}, key=rank)
+    seeds = " to ".join(str(n) for n in sorted({f(map(len, groups.values())) for f in (min, max)}))
+    columns = min(3, len(env_ids))
+    rows = -(-len(env_ids) // columns)
+    for axis, (file, label) in enumerate({"figure": "million environment steps", "hours": "hours of training"}.items()):
+        size = 2 + 3.2 * columns, 1.5 + 2.4 * rows
+        fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        lines = {}
+        for (env_id, algorithm), runs in groups.items():
+            ax, color = axes.flat[env_ids.index(env_id)], f"C{rank(algorithm)[0]}"
+            siblings = [name for name in names if rank(name)[0] == rank(algorithm)[0]]
+            style = ("-", "--", ":", "-.")[siblings.index(algorithm) % 4]
+            *xs, returns = curve(runs)
+            (lines[algorithm],) = ax.plot(xs[axis], returns.mean(axis=0), style, color=color)
+            ax.fill_between(xs[axis], returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.15, linewidth=0)
+            ax.set_title(env_id, fontsize="medium")
             ax.grid(alpha=0.3)
-    fig.suptitle("Line: mean over seeds (their number in brackets); band: lowest to highest seed", fontsize="small")
-    fig.savefig(results / "figure.png", dpi=110)
-    print(results / "figure.png")
+        for ax in axes.flat[len(env_ids) :]:
+            ax.remove()
+        fig.supylabel("return of deterministic evaluation", fontsize="medium")
+        fig.supxlabel(f"{label}\n(line: mean over {seeds} seeds; band: lowest to highest seed)", fontsize="medium")
+        handles, labels = [lines[name] for name in names], [name.upper() for name in names]
+        fig.legend(handles, labels, loc="outside upper center", ncols=3 * columns, frameon=False)
+        fig.savefig(path := results / f"{file}.png")
+        Image.open(path).convert("RGB").quantize(128).save(path)  # a third of the bytes
+        print(path)
 
 
 def finite(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +273,7 @@ def difference(reference: np.ndarray, mine: np.ndarray, seed: int = 0) -> tuple[
     return float(mine.mean() - reference.mean()), float(interval.low), float(interval.high), float(permutation.pvalue)
 
 
-def compare(reference: Path, mine: Path) -> bool:
+def compare(reference: Directory, mine: Directory) -> bool:
     """Print for what both sets have whether the final returns differ by more than the noise; return whether some do.
 
     Decided by Welch's interval of the means (of three runs the interquartile mean is the same): between twice three
@@ -257,7 +282,7 @@ def compare(reference: Path, mine: Path) -> bool:
     a, b, verdicts = load(reference), load(mine), []
     common = [key for key in a if key in b]
     if not common:
-        raise SystemExit("error: the two have no environment and algorithm in common")
+        usage_error("the two have no environment and algorithm in common")
     for key in common:
         scores, name = [final_returns(runs) for runs in (a[key], b[key])], " ".join(key)
         if len(steps := {run.steps for run in a[key] + b[key]}) > 1:
@@ -280,22 +305,8 @@ def compare(reference: Path, mine: Path) -> bool:
 
 def main() -> None:
     """Command line; `compare` exits with 1 if something differs."""
-    directory = Annotated[Path, tyro.conf.Positional]
-
-    def record_command(runs: directory, results: directory) -> None:
-        record(runs, results)
-
-    def figure_command(results: directory) -> None:
-        figure(results)
-
-    def table_command(results: directory) -> None:
-        table(results)
-
-    def compare_command(reference: directory, mine: directory) -> None:
-        sys.exit(compare(reference, mine))
-
-    commands = {"record": record_command, "figure": figure_command, "table": table_command, "compare": compare_command}
-    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    commands = {"record": record, "figure": figure, "table": table, "compare": compare}
+    sys.exit(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
 
 
 if __name__ == "__main__":

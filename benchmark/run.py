@@ -27,13 +27,14 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import plot
 import submitit
 import torch
 import tyro
 from filelock import FileLock, Timeout
+from plot import usage_error
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts: they check their own flags
@@ -62,12 +63,6 @@ class Args:
     timeout_hours: float = 24  # longest time of a job on a cluster
     runs: Path = ROOT / "runs"  # where the runs go
     dry_run: bool = False  # only print the commands
-
-
-def usage_error(message: object) -> NoReturn:
-    """Say in one line what is wrong, and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 @dataclass

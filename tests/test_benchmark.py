@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -138,8 +140,9 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     plot.table(results)
     assert capsys.readouterr().out.splitlines()[2] == "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | | |"
     before = (results / "runs.jsonl").read_text()
-    with pytest.raises(SystemExit, match="has no runs with a log"):
+    with pytest.raises(SystemExit, match="2"):
         plot.record(tmp_path / "mistyped", results)
+    assert capsys.readouterr().err == f"error: {tmp_path}/mistyped has no runs with a log\n"
     assert (results / "runs.jsonl").read_text() == before
 
 
@@ -167,15 +170,63 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def test_table_and_figure(recorded: Path, capsys: pytest.CaptureFixture):
-    """The table has the numbers of the records, the figure is drawn from them."""
+def test_table(recorded: Path, capsys: pytest.CaptureFixture):
+    """The table has the numbers of the records."""
     capsys.readouterr()
     plot.table(recorded)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| Ant-4x2 | HAPPO | 3 | 82 | 82 (81 to 83) | 81, 83 | 40,000 | 1000 | 0.01 |"
     assert lines[3] == "| Ant-4x2 | MAPPO | 3 | 182 | 182 (181 to 183) | 181, 183 | 40,000 | 1000 | 0.01 |"
-    plot.figure(recorded)
-    assert (recorded / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def write_record(results: Path, run: str, evaluations: dict[int, float], steps: int, speed: float = 100.0) -> None:
+    """A record of rows of 10,000 steps; training returns are the step."""
+    results.mkdir(exist_ok=True)
+    rows = [f"{s},{s / speed},{s},{evaluations.get(s, np.nan)},{speed}" for s in range(10_000, steps + 1, 10_000)]
+    (results / f"{run}.csv").write_text("\n".join([",".join(plot.COLUMNS), *rows]))
+
+
+def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Panels in figure 3's order, a curve per algorithm of the points measured, to where its shortest run ends."""
+    figures, save = {}, Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda fig, path: (figures.update({path.stem: fig}), save(fig, path)))
+    write_record(tmp_path, "Walker2d-2x3__happo__1", {20_000: 10, 40_000: 20, 60_000: 90}, 60_000)
+    write_record(tmp_path, "Walker2d-2x3__happo__2", {10_000: 1, 20_000: 20, 40_000: 40}, 50_000, speed=300)
+    write_record(tmp_path, "Walker2d-2x3__happo-shared__1", {30_000: 7}, 30_000)
+    write_record(tmp_path, "Walker2d-2x3__ippo__1", {}, 30_000)  # without an evaluation
+    for env_id in ("Hopper-3x1", "Ant-4x2", "Coupled-1x1"):
+        write_record(tmp_path, f"{env_id}__hatrpo__1", {10_000: 5}, 10_000)
+    plot.figure(tmp_path)
+    for name, x in (("figure", [0.02, 0.04]), ("hours", [(200 + 200 / 3) / 7200, (400 + 400 / 3) / 7200])):
+        fig = figures[name]
+        assert [ax.get_title() for ax in fig.axes] == ["Ant-4x2", "Walker2d-2x3", "Coupled-1x1", "Hopper-3x1"]
+        happo, shared = fig.axes[1].lines
+        np.testing.assert_allclose(happo.get_xydata().T, [x, [15, 30]])
+        assert (happo.get_color(), happo.get_linestyle()) == ("C1", "-")
+        assert (shared.get_color(), shared.get_linestyle()) == ("C1", "--")
+        band = fig.axes[1].collections[0].get_paths()[0].vertices
+        expected = {(x[0], 10), (x[0], 20), (x[1], 20), (x[1], 40)}
+        assert {(round(a, 9), b) for a, b in band} == {(round(a, 9), b) for a, b in expected}
+        (legend,) = fig.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["HATRPO", "HAPPO", "HAPPO-SHARED"]
+        assert "mean over 1 to 2 seeds; band: lowest to highest seed" in fig.get_supxlabel()
+
+
+def test_figure_of_twelve_tasks_is_small(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Of five algorithms and jagged curves, less than 300 kB each."""
+    rng = np.random.default_rng(0)
+    for env_id in plot.TASKS:
+        for algorithm in plot.ALGORITHMS:
+            for seed in (1, 2, 3):
+                scores = {step: rng.normal(step / 1000, 300) for step in range(50_000, 1_000_001, 50_000)}
+                write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", scores, 1_000_000)
+    plot.figure(tmp_path)
+    files = [tmp_path / "figure.png", tmp_path / "hours.png"]
+    assert capsys.readouterr().out.splitlines() == [str(file) for file in files]
+    for file in files:
+        assert file.stat().st_size < 300_000
+        width, height = plt.imread(file).shape[1::-1]
+        assert 1000 <= width <= 1300 and 1000 <= height <= 1300
 
 
 def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
