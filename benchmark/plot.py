@@ -3,6 +3,7 @@
     python benchmark/plot.py record runs/halfcheetah benchmark/results/halfcheetah  # TensorBoard logs to CSV
     python benchmark/plot.py figure benchmark/results/halfcheetah                   # writes figure.png, hours.png there
     python benchmark/plot.py table benchmark/results/halfcheetah                    # prints Markdown
+    python benchmark/plot.py aggregate benchmark/results/figure3                    # over tasks; the same
     python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
 
 A run is a directory <env id>__<algorithm>__<seed>, beside which run.py wrote its starts (.jsonl); its record is the CSV
@@ -28,6 +29,7 @@ COLUMNS = "step", "seconds", "train_return", "eval_return", "steps_per_second"
 BIN, MAX_ROWS = 10_000, 200  # a row averages so many steps, or a multiple of them in runs that would need more rows
 FIGURE3 = tomllib.loads(Path(__file__).with_name("figure3.toml").read_text())
 TASKS, ALGORITHMS = FIGURE3["env_ids"], FIGURE3["algorithms"]  # their order in figures and tables
+PAIRS = [("happo", "mappo"), ("hatrpo", "happo"), ("happo", "ippo")]  # is the first better?
 RESAMPLES = 10_000
 RUN_NAME = re.compile(r"((?:(?!__).)+)__((?:(?!__).)+)__(\d+)")
 Directory = Annotated[Path, tyro.conf.Positional]
@@ -164,15 +166,36 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
     return stats.trim_mean(scores, 0.25, axis=-1)
 
 
-def confidence_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the interquartile mean over runs [n] (Agarwal et al. 2021).
+def resample(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap samples [RESAMPLES, n] of the scores [n] of a task."""
+    return rng.choice(scores, (RESAMPLES, len(scores)))
 
-    Their bootstrap is stratified by task; of one task it is this one. With few runs it is too narrow: of normal
-    scores, 95% intervals of 3, 5 and 10 runs contain the true mean in 76%, 90% and 93% of the cases.
+
+def confidence_interval(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval, stratified by task, of the interquartile mean over runs [n] (Agarwal et al. 2021).
+
+    With few runs it is too narrow: of normal scores on one task, 95% intervals of 3, 5 and 10 runs contain the true
+    mean in 76%, 90% and 93% of the cases.
     """
-    resampled = np.random.default_rng(seed).choice(scores, (RESAMPLES, len(scores)))
+    rng = np.random.default_rng(seed)
+    resampled = np.concatenate([resample(scores, rng) for scores in tasks], axis=-1)
     low, high = np.percentile(interquartile_mean(resampled), [2.5, 97.5])
     return float(low), float(high)
+
+
+def improvement(tasks: list[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> tuple[float, float, float]:
+    """Probability that a run of x [n] is above one of y [m], mean over tasks, and its 95% interval (Agarwal et al.).
+
+    A tie counts half. The bootstrap is stratified by task and algorithm.
+    """
+
+    def above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return 0.5 + np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) / 2
+
+    rng = np.random.default_rng(seed)
+    resampled = np.mean([above(resample(x, rng), resample(y, rng)) for x, y in tasks], axis=0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(np.mean([above(x, y) for x, y in tasks])), float(low), float(high)
 
 
 def table(results: Directory) -> None:
@@ -199,6 +222,34 @@ def table(results: Directory) -> None:
             f"{np.median(seconds) / 3600:.2f}",
         ]
         print(f"| {' | '.join(columns)} |")
+
+
+def aggregate(results: Directory) -> None:
+    """Print what Agarwal et al. (2021, arXiv 2108.13264) take over tasks, of the runs' last evaluations.
+
+    For the interquartile mean, 0 and 1 are the lowest and the highest of a task's recorded runs. Their `rliable` 1.2.0
+    does the same, but the `arch` that it needs cannot be imported beside pandas 3.
+    """
+    groups = load(results)
+    scores = {key: final_returns(runs) for key, runs in groups.items() if len(final_returns(runs))}
+    env_ids, names = list(dict.fromkeys(key[0] for key in scores)), sorted({key[1] for key in scores}, key=rank)
+    common = [env_id for env_id in env_ids if all((env_id, name) in scores for name in names)]
+    if not common:
+        usage_error(f"{results} has no task on which all its algorithms were evaluated")
+    every = {env_id: np.concatenate([scores[env_id, name] for name in names]) for env_id in common}
+    print(f"Over {len(common)} of {len(env_ids)} tasks, those with all algorithms: {', '.join(common)}.")
+    print("Scores: last evaluations, scaled per task: of all its runs the lowest has 0 and the highest 1.\n")
+    print("| algorithm | runs | median steps | IQM (95% interval) |\n|---|---|---|---|")
+    for name in names:
+        scaled = [(scores[e, name] - every[e].min()) / (np.ptp(every[e]) or 1) for e in common]
+        mean, (low, high) = interquartile_mean(np.concatenate(scaled)), confidence_interval(*scaled)
+        steps = [run.steps for e in common for run in groups[e, name]]
+        print(f"| {name.upper()} | {sum(map(len, scaled))} | {np.median(steps):,.0f} | {mean:.2f} ({low:.2f} to {high:.2f}) |")
+    print("\n| | tasks with both | probability of improvement (95% interval) |\n|---|---|---|")
+    for x, y in PAIRS + [(name, name.split("-")[0]) for name in names if "-" in name]:
+        if tasks := [(scores[e, x], scores[e, y]) for e in env_ids if {(e, x), (e, y)} <= scores.keys()]:
+            p, low, high = improvement(tasks)
+            print(f"| {x.upper()} over {y.upper()} | {len(tasks)} | {p:.2f} ({low:.2f} to {high:.2f}) |")
 
 
 def curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -305,7 +356,7 @@ def compare(reference: Directory, mine: Directory) -> bool:
 
 def main() -> None:
     """Command line; `compare` exits with 1 if something differs."""
-    commands = {"record": record, "figure": figure, "table": table, "compare": compare}
+    commands = {"record": record, "figure": figure, "table": table, "aggregate": aggregate, "compare": compare}
     sys.exit(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import cloudpickle
@@ -49,6 +50,27 @@ def test_confidence_interval():
         low, high = plot.confidence_interval(rng.normal(3, 2, 20), seed=i)
         covered += low < 3 < high
     assert 84 <= covered <= 99  # nominally 95; the percentile bootstrap of 20 is a little narrow
+
+
+def test_intervals_over_tasks():
+    """Of three runs on two tasks all resamples can be listed: their quantiles; pooled, the interval would be wider."""
+    tasks = np.array([0.0, 0.1, 0.3]), np.array([0.7, 0.75, 1.0])
+    means = [np.sort([*a, *b])[1:5].mean() for a, b in product(*(product(x, repeat=3) for x in tasks))]
+    np.testing.assert_allclose(plot.confidence_interval(*tasks), np.percentile(means, [2.5, 97.5]), atol=0.006)
+
+
+def test_improvement():
+    """The Mann-Whitney U of each task; the interval from the list of all resamples, which the pairs do not share."""
+    tasks = [(np.array([1.0, 4.0]), np.array([2.0, 3.0, 4.0])), (np.array([5.0, 6.0]), np.array([1.0, 5.5]))]
+    p, low, high = plot.improvement(tasks)
+    assert p == pytest.approx(np.mean([stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in tasks]))
+    probabilities = []
+    for x, y in tasks:
+        samples = product(product(x, repeat=len(x)), product(y, repeat=len(y)))
+        probabilities.append([np.mean([(a > b) + (a == b) / 2 for a in xs for b in ys]) for xs, ys in samples])
+    listed = [(a + b) / 2 for a, b in product(*probabilities)]
+    np.testing.assert_allclose([low, high], np.percentile(listed, [2.5, 97.5]), atol=0.01)
+    assert plot.improvement([(np.array([2.0, 2.0]), np.array([2.0]))]) == (0.5, 0.5, 0.5)
 
 
 def test_difference():
@@ -227,6 +249,36 @@ def test_figure_of_twelve_tasks_is_small(tmp_path: Path, capsys: pytest.CaptureF
         assert file.stat().st_size < 300_000
         width, height = plt.imread(file).shape[1::-1]
         assert 1000 <= width <= 1300 and 1000 <= height <= 1300
+
+
+def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Scores are scaled by a task's extremes; a task that one algorithm lacks counts only for pairs that have it."""
+    returns = {
+        "Ant-4x2": {"happo": [0, 50, 100], "mappo": [40, 60, 20], "happo-shared": [10, 10, 30]},
+        "Walker2d-2x3": {"happo": [300, 300, 300], "mappo": [300, 300, 300], "happo-shared": [300, 300, 300]},
+        "Humanoid-17x1": {"happo": [900, 800], "mappo": [100, 850]},
+    }
+    for env_id, algorithms in returns.items():
+        for algorithm, scores in algorithms.items():
+            write_record(tmp_path, f"{env_id}__{algorithm}__9", {}, 20_000)  # not evaluated yet
+            for seed, score in enumerate(scores):
+                write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", {10_000: score}, 10_000 * (seed + 1))
+    plot.aggregate(tmp_path)
+    out = capsys.readouterr().out
+    assert out.startswith("Over 2 of 3 tasks, those with all algorithms: Ant-4x2, Walker2d-2x3.")
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in out.splitlines()}
+    # Of six scores the middle four: of 0, 0, 0, 0, 0.5, 1 they are 0, 0, 0, 0.5.
+    for name, mean in (("HAPPO", 0.125), ("HAPPO-SHARED", 0.05), ("MAPPO", (0.2 + 0.4) / 4)):
+        assert cells[f"| {name}"][:2] == ["6", "20,000"]
+        assert float(cells[f"| {name}"][2].split()[0]) == pytest.approx(mean, abs=0.006)
+    assert cells["| HAPPO over MAPPO"][0] == "3"
+    assert cells["| HAPPO over MAPPO"][1].startswith(f"{np.mean([5 / 9, 1 / 2, 3 / 4]):.2f} (")
+    assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["2"] and "| HATRPO over HAPPO" not in cells
+    for path in tmp_path.glob("*__mappo__*"):
+        path.rename(path.with_name(path.name.replace("mappo", "ippo").replace("Ant", "Reacher").replace("Walk", "Run")))
+    with pytest.raises(SystemExit, match="2"):
+        plot.aggregate(tmp_path)
+    assert "has no task on which all its algorithms were evaluated" in capsys.readouterr().err
 
 
 def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
