@@ -56,16 +56,6 @@ class Run:
         evaluations = self.columns["eval_return"]
         return float(np.append(np.nan, evaluations[np.isfinite(evaluations)])[-1])
 
-    @property
-    def steps(self) -> int:
-        """How far it came."""
-        return int(self.columns["step"][-1])
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the training with its evaluations, summed over its starts."""
-        return float(self.columns["seconds"][-1])
-
 
 def read_log(run_dir: Path) -> dict[str, np.ndarray]:
     """The columns of a run from its TensorBoard log: a row per `BIN` steps, at the bin's end; ValueError without a log.
@@ -166,11 +156,6 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
     return stats.trim_mean(scores, 0.25, axis=-1)
 
 
-def resample(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap samples [RESAMPLES, n] of the scores [n] of a task."""
-    return rng.choice(scores, (RESAMPLES, len(scores)))
-
-
 def confidence_interval(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval, stratified by task, of the interquartile mean over runs [n] (Agarwal et al. 2021).
 
@@ -178,7 +163,7 @@ def confidence_interval(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float
     mean in 76%, 90% and 93% of the cases.
     """
     rng = np.random.default_rng(seed)
-    resampled = np.concatenate([resample(scores, rng) for scores in tasks], axis=-1)
+    resampled = np.concatenate([rng.choice(scores, (RESAMPLES, len(scores))) for scores in tasks], axis=-1)
     low, high = np.percentile(interquartile_mean(resampled), [2.5, 97.5])
     return float(low), float(high)
 
@@ -186,42 +171,38 @@ def confidence_interval(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float
 def improvement(tasks: list[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> tuple[float, float, float]:
     """Probability that a run of x [n] is above one of y [m], mean over tasks, and its 95% interval (Agarwal et al.).
 
-    A tie counts half. The bootstrap is stratified by task and algorithm.
+    A tie counts half. The bootstrap is stratified by task and algorithm; of runs that do not overlap it gives a point.
     """
 
     def above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return 0.5 + np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) / 2
 
     rng = np.random.default_rng(seed)
-    resampled = np.mean([above(resample(x, rng), resample(y, rng)) for x, y in tasks], axis=0)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(np.mean([above(x, y) for x, y in tasks])), float(low), float(high)
+    resampled = [above(*(rng.choice(scores, (RESAMPLES, len(scores))) for scores in task)) for task in tasks]
+    low, high = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
+    return float(np.mean([above(*task) for task in tasks])), float(low), float(high)
 
 
 def table(results: Directory) -> None:
-    """Print what the runs reached at their end."""
-    print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    """Print what the runs reached at their end, and what `published.csv` has of their task and algorithm.
+
+    The paper's returns are read off its plot; both are at 10 million steps of the v2 tasks, which differ from v5, those
+    of Ant and Humanoid most. A range is as given; "shared" are parameters.
+    """
+    with open(Path(__file__).with_name("published.csv"), newline="") as f:
+        published = {(row["task"], row["algorithm"], row["source"]): row["return"] for row in csv.DictReader(f)}
+    print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours ", end="")
+    print("| ICLR 2022, 10M steps, v2 | HARL, 10M steps, v2 |\n" + "|---" * 11 + "|")
     for (env_id, algorithm), runs in load(results).items():
-        scores = final_returns(runs)
-        if not len(scores):
-            print(f"| {env_id} | {algorithm.upper()} | 0 | not evaluated yet | | | | | |")
-            continue
-        low, high = confidence_interval(scores)
-        steps = np.array([run.steps for run in runs])
-        seconds = np.array([run.seconds for run in runs])
-        columns = [
-            env_id,
-            algorithm.upper(),
-            str(len(scores)),
-            f"{scores.mean():.0f}",
-            f"{interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})",
-            f"{scores.min():.0f}, {scores.max():.0f}",
-            f"{np.median(steps):,.0f}",
-            f"{np.median(steps / seconds):.0f}",
-            f"{np.median(seconds) / 3600:.2f}",
-        ]
-        print(f"| {' | '.join(columns)} |")
+        scores, words = final_returns(runs), "0 | not evaluated yet" + " |" * 5
+        if len(scores):
+            low, high = confidence_interval(scores)
+            steps, seconds = (np.array([run.columns[name][-1] for run in runs]) for name in ("step", "seconds"))
+            words = f"{len(scores)} | {scores.mean():.0f} | {interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})"
+            words += f" | {scores.min():.0f}, {scores.max():.0f} | {np.median(steps):,.0f} | "
+            words += f"{np.median(steps / seconds):.0f} | {np.median(seconds) / 3600:.2f}"
+        paper, harl = (published.get((env_id, algorithm, source), "") for source in ("ICLR 2022", "HARL"))
+        print(f"| {env_id} | {algorithm.upper()} | {words} | {paper} | {harl} |")
 
 
 def aggregate(results: Directory) -> None:
@@ -243,8 +224,9 @@ def aggregate(results: Directory) -> None:
     for name in names:
         scaled = [(scores[e, name] - every[e].min()) / (np.ptp(every[e]) or 1) for e in common]
         mean, (low, high) = interquartile_mean(np.concatenate(scaled)), confidence_interval(*scaled)
-        steps = [run.steps for e in common for run in groups[e, name]]
-        print(f"| {name.upper()} | {sum(map(len, scaled))} | {np.median(steps):,.0f} | {mean:.2f} ({low:.2f} to {high:.2f}) |")
+        steps = np.median([run.columns["step"][-1] for e in common for run in groups[e, name]])
+        words = f"{sum(map(len, scaled))} | {steps:,.0f} | {mean:.2f} ({low:.2f} to {high:.2f})"
+        print(f"| {name.upper()} | {words} |")
     print("\n| | tasks with both | probability of improvement (95% interval) |\n|---|---|---|")
     for x, y in PAIRS + [(name, name.split("-")[0]) for name in names if "-" in name]:
         if tasks := [(scores[e, x], scores[e, y]) for e in env_ids if {(e, x), (e, y)} <= scores.keys()]:
@@ -254,7 +236,8 @@ def aggregate(results: Directory) -> None:
 
 def curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Million steps [n], mean hours [n] and evaluation returns [seeds, n] where the shortest run was evaluated."""
-    points = [finite(run, "step", "eval_return") for run in runs]
+    both = [np.array([run.columns["step"], run.columns["eval_return"]]) for run in runs]
+    points = [columns[:, np.isfinite(columns[1])] for columns in both]
     steps = min((x for x, _ in points), key=lambda x: x[-1])
     steps = steps[steps >= max(x[0] for x, _ in points)]
     seconds = [np.interp(steps, run.columns["step"], run.columns["seconds"]) for run in runs]
@@ -304,12 +287,6 @@ def figure(results: Directory) -> None:
         print(path)
 
 
-def finite(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two columns where the second was measured."""
-    there = np.isfinite(run.columns[y])
-    return run.columns[x][there], run.columns[y][there]
-
-
 def difference(reference: np.ndarray, mine: np.ndarray, seed: int = 0) -> tuple[float, float, float, float]:
     """Difference of two sets of scores [n], [m]: of the means, its 95% Welch interval, and the exact permutation p.
 
@@ -336,7 +313,7 @@ def compare(reference: Directory, mine: Directory) -> bool:
         usage_error("the two have no environment and algorithm in common")
     for key in common:
         scores, name = [final_returns(runs) for runs in (a[key], b[key])], " ".join(key)
-        if len(steps := {run.steps for run in a[key] + b[key]}) > 1:
+        if len(steps := {int(run.columns["step"][-1]) for run in a[key] + b[key]}) > 1:
             print(f"{name}: not compared: the runs have from {min(steps):,} to {max(steps):,} steps")
             continue
         if min(map(len, scores)) < 2:
@@ -356,8 +333,9 @@ def compare(reference: Directory, mine: Directory) -> bool:
 
 def main() -> None:
     """Command line; `compare` exits with 1 if something differs."""
-    commands = {"record": record, "figure": figure, "table": table, "aggregate": aggregate, "compare": compare}
-    sys.exit(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
+    commands = record, figure, table, aggregate, compare
+    names = {command.__name__: command for command in commands}
+    sys.exit(tyro.extras.subcommand_cli_from_dict(names, description=__doc__))
 
 
 if __name__ == "__main__":
