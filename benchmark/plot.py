@@ -5,6 +5,8 @@
     python benchmark/plot.py table benchmark/results/halfcheetah                    # prints Markdown
     python benchmark/plot.py aggregate benchmark/results/figure3                    # over tasks; the same
     python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
+    python benchmark/plot.py seconds benchmark/results/halfcheetah --env-id HalfCheetah-6x1 --target 3000
+    python benchmark/plot.py models runs/figure3 benchmark/results/figure3 models   # copies the best ones
 
 A run is a directory <env id>__<algorithm>__<seed>, beside which run.py wrote its starts (.jsonl); its record is the CSV
 of that name, and a line in runs.jsonl.
@@ -14,6 +16,7 @@ Figures, tables and comparisons read only these records.
 import csv
 import json
 import re
+import shutil
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -205,6 +208,39 @@ def table(results: Directory) -> None:
         print(f"| {env_id} | {algorithm.upper()} | {words} | {paper} | {harl} |")
 
 
+def seconds(results: Directory, env_id: str, target: float) -> None:
+    """Print at how many seconds the training return of a row first is a target: median [lowest to highest seed].
+
+    "-" if a seed never gets there.
+    """
+    groups = {algorithm: runs for (task, algorithm), runs in load(results).items() if task == env_id}
+    if not groups:
+        usage_error(f"{results} has no runs of {env_id}")
+    for algorithm, runs in groups.items():
+        there = [run.columns["seconds"][run.columns["train_return"] >= target] for run in runs]
+        first = [at[0] for at in there if len(at)]
+        words = f"{np.median(first):.0f} [{min(first):.0f} to {max(first):.0f}]" if len(first) == len(runs) else "-"
+        print(f"{algorithm.upper()}: {words}")
+
+
+def models(runs: Directory, results: Directory, directory: Directory) -> None:
+    """Copy model.pt of HAPPO's and HATRPO's best seeds, by their recorded last evaluation: <algorithm>-<env id>.pt."""
+    total = 0
+    for (env_id, algorithm), group in load(results).items():
+        best = max(group, key=lambda run: np.nan_to_num(run.final_return, nan=-np.inf))
+        if algorithm not in ("happo", "hatrpo") or np.isnan(best.final_return):
+            continue
+        source, target = runs / f"{env_id}__{algorithm}__{best.seed}/model.pt", directory / f"{algorithm}-{env_id}.pt"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except OSError as e:
+            usage_error(f"{source} to {target}: {e.strerror}")
+        total += (size := target.stat().st_size)
+        print(f"{target}: return {best.final_return:.0f}, seed {best.seed}, {size:,} bytes")
+    print(f"{total:,} bytes in all")
+
+
 def aggregate(results: Directory) -> None:
     """Print what Agarwal et al. (2021, arXiv 2108.13264) take over tasks, of the runs' last evaluations.
 
@@ -333,7 +369,7 @@ def compare(reference: Directory, mine: Directory) -> bool:
 
 def main() -> None:
     """Command line; `compare` exits with 1 if something differs."""
-    commands = record, figure, table, aggregate, compare
+    commands = record, figure, table, seconds, aggregate, compare, models
     names = {command.__name__: command for command in commands}
     sys.exit(tyro.extras.subcommand_cli_from_dict(names, description=__doc__))
 

@@ -228,6 +228,49 @@ def test_published_returns_are_of_known_tasks():
     assert {task for source, task, _ in rows if source == "HARL"} - {*plot.TASKS} == {"Hopper-3x1"}
 
 
+def test_seconds(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Training returns are the step: 15,000 is first passed at 20,000, at exactly 20,000 too; one seed never does."""
+    for seed, speed in ((1, 100), (2, 50), (3, 400)):
+        write_record(tmp_path, f"Ant-4x2__happo__{seed}", {}, 40_000, speed)
+    for seed, steps in ((1, 30_000), (2, 10_000)):
+        write_record(tmp_path, f"Ant-4x2__ippo__{seed}", {}, steps)
+    for target in (15_000, 20_000):
+        plot.seconds(tmp_path, "Ant-4x2", target)
+        assert capsys.readouterr().out.splitlines() == ["HAPPO: 200 [50 to 400]", "IPPO: -"]
+    with pytest.raises(SystemExit, match="2"):
+        plot.seconds(tmp_path, "Ant-2x4", 1)
+    assert capsys.readouterr().err == f"error: {tmp_path} has no runs of Ant-2x4\n"
+
+
+def test_models(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The best seed by the last evaluation, of HAPPO and HATRPO only; a missing model is one line."""
+    results, runs, models = tmp_path / "results", tmp_path / "runs", tmp_path / "to" / "models"
+    for algorithm in ("happo", "mappo", "hatrpo", "happo-shared"):
+        for seed, scores in ((1, {10_000: 99, 20_000: 7}), (2, {20_000: 8}), (3, {}), (4, {10_000: 1})):
+            write_record(results, f"Ant-4x2__{algorithm}__{seed}", scores if algorithm != "hatrpo" else {}, 20_000)
+            run_dir = runs / f"Ant-4x2__{algorithm}__{seed}"
+            run_dir.mkdir(parents=True)
+            (run_dir / "model.pt").write_text(f"{algorithm} {seed}" + "x" * 2000)
+    write_record(results, "Ant-2x4__happo__5", {10_000: -3}, 10_000)
+    (runs / "Ant-2x4__happo__5").mkdir()
+    (runs / "Ant-2x4__happo__5" / "model.pt").write_text("x" * 500)
+    plot.models(runs, results, models)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{models}/happo-Ant-2x4.pt: return -3, seed 5, 500 bytes",
+        f"{models}/happo-Ant-4x2.pt: return 8, seed 2, 2,007 bytes",
+        "2,507 bytes in all",
+    ]
+    assert {path.name: path.read_text()[:7] for path in models.iterdir()} == {
+        "happo-Ant-2x4.pt": "xxxxxxx",
+        "happo-Ant-4x2.pt": "happo 2",
+    }
+    (runs / "Ant-4x2__happo__2" / "model.pt").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        plot.models(runs, results, models)
+    error = f"error: {runs}/Ant-4x2__happo__2/model.pt to {models}/happo-Ant-4x2.pt: No such file or directory\n"
+    assert capsys.readouterr().err == error
+
+
 def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Panels in figure 3's order, a curve per algorithm of the points measured, to where its shortest run ends."""
     figures, save = {}, Figure.savefig
