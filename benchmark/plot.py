@@ -1,9 +1,12 @@
 """From runs to small CSV files, and from these to figures, tables and comparisons.
 
     python benchmark/plot.py record runs/halfcheetah benchmark/results/halfcheetah  # TensorBoard logs to CSV
-    python benchmark/plot.py figure benchmark/results/halfcheetah                   # writes figure.png beside them
+    python benchmark/plot.py figure benchmark/results/halfcheetah                   # writes figure.png, hours.png there
     python benchmark/plot.py table benchmark/results/halfcheetah                    # prints Markdown
+    python benchmark/plot.py aggregate benchmark/results/figure3                    # over tasks; the same
     python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
+    python benchmark/plot.py seconds benchmark/results/halfcheetah --env-id HalfCheetah-6x1 --target 3000
+    python benchmark/plot.py models runs/figure3 benchmark/results/figure3 models   # copies the best ones
 
 A run is a directory <env id>__<algorithm>__<seed>, beside which run.py wrote its starts (.jsonl); its record is the CSV
 of that name, and a line in runs.jsonl.
@@ -13,10 +16,12 @@ Figures, tables and comparisons read only these records.
 import csv
 import json
 import re
+import shutil
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import numpy as np
 import tyro
@@ -25,9 +30,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 COLUMNS = "step", "seconds", "train_return", "eval_return", "steps_per_second"
 BIN, MAX_ROWS = 10_000, 200  # a row averages so many steps, or a multiple of them in runs that would need more rows
-ALGORITHMS = "hatrpo", "happo", "mappo", "ippo", "maddpg"  # their order in figures and tables
+FIGURE3 = tomllib.loads(Path(__file__).with_name("figure3.toml").read_text())
+TASKS, ALGORITHMS = FIGURE3["env_ids"], FIGURE3["algorithms"]  # their order in figures and tables
+PAIRS = [("happo", "mappo"), ("hatrpo", "happo"), ("happo", "ippo")]  # is the first better?
 RESAMPLES = 10_000
 RUN_NAME = re.compile(r"((?:(?!__).)+)__((?:(?!__).)+)__(\d+)")
+Directory = Annotated[Path, tyro.conf.Positional]
+
+
+def usage_error(message: object) -> NoReturn:
+    """Say in one line what is wrong, and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 @dataclass
@@ -44,16 +58,6 @@ class Run:
         """Mean return of the last evaluation, NaN if there was none."""
         evaluations = self.columns["eval_return"]
         return float(np.append(np.nan, evaluations[np.isfinite(evaluations)])[-1])
-
-    @property
-    def steps(self) -> int:
-        """How far it came."""
-        return int(self.columns["step"][-1])
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the training with its evaluations, summed over its starts."""
-        return float(self.columns["seconds"][-1])
 
 
 def read_log(run_dir: Path) -> dict[str, np.ndarray]:
@@ -92,8 +96,8 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
     return dict(zip(COLUMNS, columns, strict=True))
 
 
-def record(runs: Path, results: Path) -> None:
-    """Write the CSV of each run below a directory, and all their descriptions; exits with 1 if there are none."""
+def record(runs: Directory, results: Directory) -> None:
+    """Write the CSV of each run below a directory, and all their descriptions; a usage error if there are none."""
     described = []
     for path in sorted(runs.glob("*.jsonl")):
         run_dir = path.with_suffix("")
@@ -113,13 +117,13 @@ def record(runs: Path, results: Path) -> None:
         starts = [json.loads(line) for line in path.read_text().splitlines()]
         described.append({"run": run_dir.name, "starts": len(starts)} | starts[-1])
     if not described:
-        raise SystemExit(f"error: {runs} has no runs with a log")
+        usage_error(f"{runs} has no runs with a log")
     (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in described))
     print(f"{len(described)} runs recorded in {results}")
 
 
 def load(results: Path) -> dict[tuple[str, str], list[Run]]:
-    """The recorded runs of a directory by environment and algorithm, in the order of the seeds."""
+    """The recorded runs of a directory by environment and algorithm, in figure 3's order."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for path in sorted(results.glob("*.csv")):
         name = RUN_NAME.fullmatch(path.stem)
@@ -130,8 +134,8 @@ def load(results: Path) -> dict[tuple[str, str], list[Run]]:
         run = Run(env_id, algorithm, int(seed), {name: np.atleast_1d(table[name]) for name in table.dtype.names})
         groups.setdefault((env_id, algorithm), []).append(run)
     if not groups:
-        raise SystemExit(f"error: {results} has no recorded runs")
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], rank(item[0][1]))))
+        usage_error(f"{results} has no recorded runs")
+    return dict(sorted(groups.items(), key=lambda item: (rank(item[0][0]), rank(item[0][1]))))
 
 
 def final_returns(runs: list[Run]) -> np.ndarray:
@@ -140,10 +144,11 @@ def final_returns(runs: list[Run]) -> np.ndarray:
     return scores[np.isfinite(scores)]
 
 
-def rank(algorithm: str) -> tuple[int, str]:
-    """Sorts algorithms as in `ALGORITHMS`; variants come after theirs."""
-    name = algorithm.split("-")[0]
-    return ALGORITHMS.index(name) if name in ALGORITHMS else len(ALGORITHMS), algorithm
+def rank(name: str) -> tuple[int, str]:
+    """Sorts algorithms as in `ALGORITHMS`, variants after theirs, and tasks as in `TASKS`; others come last."""
+    known = [*ALGORITHMS, *TASKS]
+    base = name if name in TASKS else name.split("-")[0]
+    return known.index(base) if base in known else len(known), name
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -154,45 +159,129 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
     return stats.trim_mean(scores, 0.25, axis=-1)
 
 
-def confidence_interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the interquartile mean over runs [n] (Agarwal et al. 2021).
+def confidence_interval(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval, stratified by task, of the interquartile mean over runs [n] (Agarwal et al. 2021).
 
-    Their bootstrap is stratified by task; of one task it is this one. With few runs it is too narrow: of normal
-    scores, 95% intervals of 3, 5 and 10 runs contain the true mean in 76%, 90% and 93% of the cases.
+    With few runs it is too narrow: of normal scores on one task, 95% intervals of 3, 5 and 10 runs contain the true
+    mean in 76%, 90% and 93% of the cases.
     """
-    resampled = np.random.default_rng(seed).choice(scores, (RESAMPLES, len(scores)))
+    rng = np.random.default_rng(seed)
+    resampled = np.concatenate([rng.choice(scores, (RESAMPLES, len(scores))) for scores in tasks], axis=-1)
     low, high = np.percentile(interquartile_mean(resampled), [2.5, 97.5])
     return float(low), float(high)
 
 
-def table(results: Path) -> None:
-    """Print what the runs reached at their end."""
-    print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours |")
-    print("|---|---|---|---|---|---|---|---|---|")
+def improvement(tasks: list[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> tuple[float, float, float]:
+    """Probability that a run of x [n] is above one of y [m], mean over tasks, and its 95% interval (Agarwal et al.).
+
+    A tie counts half. The bootstrap is stratified by task and algorithm; of runs that do not overlap it gives a point.
+    """
+
+    def above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return 0.5 + np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) / 2
+
+    rng = np.random.default_rng(seed)
+    resampled = [above(*(rng.choice(scores, (RESAMPLES, len(scores))) for scores in task)) for task in tasks]
+    low, high = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
+    return float(np.mean([above(*task) for task in tasks])), float(low), float(high)
+
+
+def table(results: Directory) -> None:
+    """Print what the runs reached at their end, and what `published.csv` has of their task and algorithm.
+
+    The paper's returns are read off its plot; both are at 10 million steps of the v2 tasks, which differ from v5, those
+    of Ant and Humanoid most. A range is as given; "shared" are parameters.
+    """
+    with open(Path(__file__).with_name("published.csv"), newline="") as f:
+        published = {(row["task"], row["algorithm"], row["source"]): row["return"] for row in csv.DictReader(f)}
+    print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours ", end="")
+    print("| ICLR 2022, 10M steps, v2 | HARL, 10M steps, v2 |\n" + "|---" * 11 + "|")
     for (env_id, algorithm), runs in load(results).items():
-        scores = final_returns(runs)
-        if not len(scores):
-            print(f"| {env_id} | {algorithm.upper()} | 0 | not evaluated yet | | | | | |")
+        scores, words = final_returns(runs), "0 | not evaluated yet" + " |" * 5
+        if len(scores):
+            low, high = confidence_interval(scores)
+            steps, seconds = (np.array([run.columns[name][-1] for run in runs]) for name in ("step", "seconds"))
+            words = f"{len(scores)} | {scores.mean():.0f} | {interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})"
+            words += f" | {scores.min():.0f}, {scores.max():.0f} | {np.median(steps):,.0f} | "
+            words += f"{np.median(steps / seconds):.0f} | {np.median(seconds) / 3600:.2f}"
+        paper, harl = (published.get((env_id, algorithm, source), "") for source in ("ICLR 2022", "HARL"))
+        print(f"| {env_id} | {algorithm.upper()} | {words} | {paper} | {harl} |")
+
+
+def seconds(results: Directory, env_id: str, target: float) -> None:
+    """Print at how many seconds the training return of a row first is a target: median [lowest to highest seed].
+
+    "-" if a seed never gets there.
+    """
+    groups = {algorithm: runs for (task, algorithm), runs in load(results).items() if task == env_id}
+    if not groups:
+        usage_error(f"{results} has no runs of {env_id}")
+    for algorithm, runs in groups.items():
+        there = [run.columns["seconds"][run.columns["train_return"] >= target] for run in runs]
+        first = [at[0] for at in there if len(at)]
+        words = f"{np.median(first):.0f} [{min(first):.0f} to {max(first):.0f}]" if len(first) == len(runs) else "-"
+        print(f"{algorithm.upper()}: {words}")
+
+
+def models(runs: Directory, results: Directory, directory: Directory) -> None:
+    """Copy model.pt of HAPPO's and HATRPO's best seeds, by their recorded last evaluation: <algorithm>-<env id>.pt."""
+    total = 0
+    for (env_id, algorithm), group in load(results).items():
+        best = max(group, key=lambda run: np.nan_to_num(run.final_return, nan=-np.inf))
+        if algorithm not in ("happo", "hatrpo") or np.isnan(best.final_return):
             continue
-        low, high = confidence_interval(scores)
-        steps = np.array([run.steps for run in runs])
-        seconds = np.array([run.seconds for run in runs])
-        columns = [
-            env_id,
-            algorithm.upper(),
-            str(len(scores)),
-            f"{scores.mean():.0f}",
-            f"{interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})",
-            f"{scores.min():.0f}, {scores.max():.0f}",
-            f"{np.median(steps):,.0f}",
-            f"{np.median(steps / seconds):.0f}",
-            f"{np.median(seconds) / 3600:.2f}",
-        ]
-        print(f"| {' | '.join(columns)} |")
+        source, target = runs / f"{env_id}__{algorithm}__{best.seed}/model.pt", directory / f"{algorithm}-{env_id}.pt"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except OSError as e:
+            usage_error(f"{source} to {target}: {e.strerror}")
+        total += (size := target.stat().st_size)
+        print(f"{target}: return {best.final_return:.0f}, seed {best.seed}, {size:,} bytes")
+    print(f"{total:,} bytes in all")
 
 
-def figure(results: Path) -> None:
-    """Draw `figure.png`: training return against steps and hours; line: mean over seeds, band: lowest to highest.
+def aggregate(results: Directory) -> None:
+    """Print what Agarwal et al. (2021, arXiv 2108.13264) take over tasks, of the runs' last evaluations.
+
+    For the interquartile mean, 0 and 1 are the lowest and the highest of a task's recorded runs. Their `rliable` 1.2.0
+    does the same, but the `arch` that it needs cannot be imported beside pandas 3.
+    """
+    groups = load(results)
+    scores = {key: final_returns(runs) for key, runs in groups.items() if len(final_returns(runs))}
+    env_ids, names = list(dict.fromkeys(key[0] for key in scores)), sorted({key[1] for key in scores}, key=rank)
+    common = [env_id for env_id in env_ids if all((env_id, name) in scores for name in names)]
+    if not common:
+        usage_error(f"{results} has no task on which all its algorithms were evaluated")
+    every = {env_id: np.concatenate([scores[env_id, name] for name in names]) for env_id in common}
+    print(f"Over {len(common)} of {len(env_ids)} tasks, those with all algorithms: {', '.join(common)}.")
+    print("Scores: last evaluations, scaled per task: of all its runs the lowest has 0 and the highest 1.\n")
+    print("| algorithm | runs | median steps | IQM (95% interval) |\n|---|---|---|---|")
+    for name in names:
+        scaled = [(scores[e, name] - every[e].min()) / (np.ptp(every[e]) or 1) for e in common]
+        mean, (low, high) = interquartile_mean(np.concatenate(scaled)), confidence_interval(*scaled)
+        steps = np.median([run.columns["step"][-1] for e in common for run in groups[e, name]])
+        words = f"{sum(map(len, scaled))} | {steps:,.0f} | {mean:.2f} ({low:.2f} to {high:.2f})"
+        print(f"| {name.upper()} | {words} |")
+    print("\n| | tasks with both | probability of improvement (95% interval) |\n|---|---|---|")
+    for x, y in PAIRS + [(name, name.split("-")[0]) for name in names if "-" in name]:
+        if tasks := [(scores[e, x], scores[e, y]) for e in env_ids if {(e, x), (e, y)} <= scores.keys()]:
+            p, low, high = improvement(tasks)
+            print(f"| {x.upper()} over {y.upper()} | {len(tasks)} | {p:.2f} ({low:.2f} to {high:.2f}) |")
+
+
+def curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Million steps [n], mean hours [n] and evaluation returns [seeds, n] where the shortest run was evaluated."""
+    both = [np.array([run.columns["step"], run.columns["eval_return"]]) for run in runs]
+    points = [columns[:, np.isfinite(columns[1])] for columns in both]
+    steps = min((x for x, _ in points), key=lambda x: x[-1])
+    steps = steps[steps >= max(x[0] for x, _ in points)]
+    seconds = [np.interp(steps, run.columns["step"], run.columns["seconds"]) for run in runs]
+    return steps / 1e6, np.mean(seconds, axis=0) / 3600, np.array([np.interp(steps, x, y) for x, y in points])
+
+
+def figure(results: Directory) -> None:
+    """Draw the evaluation return of each task: against steps in `figure.png`, against hours in `hours.png`.
 
     Colours are algorithms; variants of one (<algorithm>-<variant>) differ in their dashes.
     """
@@ -200,38 +289,38 @@ def figure(results: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
-    groups = load(results)
+    groups = {key: runs for key, runs in load(results).items() if len(final_returns(runs)) == len(runs)}
+    if not groups:
+        usage_error(f"{results} has no evaluations")
     env_ids = list(dict.fromkeys(env_id for env_id, _ in groups))
-    fig, axes = plt.subplots(len(env_ids), 2, figsize=(10, 3.6 * len(env_ids)), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(algorithm for _, algorithm in groups))
-    for (env_id, algorithm), runs in groups.items():
-        row, color = axes[env_ids.index(env_id)], f"C{rank(algorithm)[0]}"
-        siblings = sorted(name for name in names if rank(name)[0] == rank(algorithm)[0])
-        style = ("-", "--", ":", "-.")[siblings.index(algorithm) % 4]
-        if not all(len(finite(run, "step", "train_return")[0]) for run in runs):
-            continue  # no episode has ended yet
-        steps = min((run.columns["step"] for run in runs), key=len)
-        returns = np.array([np.interp(steps, *finite(run, "step", "train_return")) for run in runs])
-        hours = np.mean([np.interp(steps, run.columns["step"], run.columns["seconds"]) for run in runs], axis=0) / 3600
-        for ax, x in zip(row, (steps / 1e6, hours), strict=True):
-            ax.plot(x, returns.mean(axis=0), style, color=color, label=f"{algorithm.upper()} ({len(runs)})")
-            ax.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.15, linewidth=0)
-    for env_id, row in zip(env_ids, axes, strict=True):
-        row[0].set(title=env_id, xlabel="million environment steps", ylabel="training return")
-        row[1].set(title=env_id, xlabel="hours of training")
-        row[0].legend(frameon=False)
-        for ax in row:
+    names = sorted({algorithm for _, algorithm in groups}, key=rank)
+    seeds = " to ".join(str(n) for n in sorted({f(map(len, groups.values())) for f in (min, max)}))
+    columns = min(3, len(env_ids))
+    rows = -(-len(env_ids) // columns)
+    for axis, (file, label) in enumerate({"figure": "million environment steps", "hours": "hours of training"}.items()):
+        size = 2 + 3.2 * columns, 1.5 + 2.4 * rows
+        fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        lines = {}
+        for (env_id, algorithm), runs in groups.items():
+            ax, color = axes.flat[env_ids.index(env_id)], f"C{rank(algorithm)[0]}"
+            siblings = [name for name in names if rank(name)[0] == rank(algorithm)[0]]
+            style = ("-", "--", ":", "-.")[siblings.index(algorithm) % 4]
+            *xs, returns = curve(runs)
+            (lines[algorithm],) = ax.plot(xs[axis], returns.mean(axis=0), style, color=color)
+            ax.fill_between(xs[axis], returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.15, linewidth=0)
+            ax.set_title(env_id, fontsize="medium")
             ax.grid(alpha=0.3)
-    fig.suptitle("Line: mean over seeds (their number in brackets); band: lowest to highest seed", fontsize="small")
-    fig.savefig(results / "figure.png", dpi=110)
-    print(results / "figure.png")
-
-
-def finite(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two columns where the second was measured."""
-    there = np.isfinite(run.columns[y])
-    return run.columns[x][there], run.columns[y][there]
+        for ax in axes.flat[len(env_ids) :]:
+            ax.remove()
+        fig.supylabel("return of deterministic evaluation", fontsize="medium")
+        fig.supxlabel(f"{label}\n(line: mean over {seeds} seeds; band: lowest to highest seed)", fontsize="medium")
+        handles, labels = [lines[name] for name in names], [name.upper() for name in names]
+        fig.legend(handles, labels, loc="outside upper center", ncols=3 * columns, frameon=False)
+        fig.savefig(path := results / f"{file}.png")
+        Image.open(path).convert("RGB").quantize(128).save(path)  # a third of the bytes
+        print(path)
 
 
 def difference(reference: np.ndarray, mine: np.ndarray, seed: int = 0) -> tuple[float, float, float, float]:
@@ -248,7 +337,7 @@ def difference(reference: np.ndarray, mine: np.ndarray, seed: int = 0) -> tuple[
     return float(mine.mean() - reference.mean()), float(interval.low), float(interval.high), float(permutation.pvalue)
 
 
-def compare(reference: Path, mine: Path) -> bool:
+def compare(reference: Directory, mine: Directory) -> bool:
     """Print for what both sets have whether the final returns differ by more than the noise; return whether some do.
 
     Decided by Welch's interval of the means (of three runs the interquartile mean is the same): between twice three
@@ -257,10 +346,10 @@ def compare(reference: Path, mine: Path) -> bool:
     a, b, verdicts = load(reference), load(mine), []
     common = [key for key in a if key in b]
     if not common:
-        raise SystemExit("error: the two have no environment and algorithm in common")
+        usage_error("the two have no environment and algorithm in common")
     for key in common:
         scores, name = [final_returns(runs) for runs in (a[key], b[key])], " ".join(key)
-        if len(steps := {run.steps for run in a[key] + b[key]}) > 1:
+        if len(steps := {int(run.columns["step"][-1]) for run in a[key] + b[key]}) > 1:
             print(f"{name}: not compared: the runs have from {min(steps):,} to {max(steps):,} steps")
             continue
         if min(map(len, scores)) < 2:
@@ -280,22 +369,9 @@ def compare(reference: Path, mine: Path) -> bool:
 
 def main() -> None:
     """Command line; `compare` exits with 1 if something differs."""
-    directory = Annotated[Path, tyro.conf.Positional]
-
-    def record_command(runs: directory, results: directory) -> None:
-        record(runs, results)
-
-    def figure_command(results: directory) -> None:
-        figure(results)
-
-    def table_command(results: directory) -> None:
-        table(results)
-
-    def compare_command(reference: directory, mine: directory) -> None:
-        sys.exit(compare(reference, mine))
-
-    commands = {"record": record_command, "figure": figure_command, "table": table_command, "compare": compare_command}
-    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    commands = record, figure, table, seconds, aggregate, compare, models
+    names = {command.__name__: command for command in commands}
+    sys.exit(tyro.extras.subcommand_cli_from_dict(names, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import plot
 import submitit
 import torch
 import tyro
 from filelock import FileLock, Timeout
+from plot import usage_error
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts: they check their own flags
@@ -56,17 +57,12 @@ class Args:
     env_ids: tuple[str, ...] = ()  # run only these of the file's environments
     compare: Path | None = None
     """recorded results to compare with at the end; those of the runs are then recorded in <runs>/<job file>/results"""
+    flags: str = ""  # flags of all jobs, after the file's: --flags="--total-timesteps 5000000" makes runs longer
     workers: int = os.cpu_count() or 1  # jobs at a time; each has one thread
     slurm: str | None = None  # Slurm partition to submit to; None runs here
     timeout_hours: float = 24  # longest time of a job on a cluster
     runs: Path = ROOT / "runs"  # where the runs go
     dry_run: bool = False  # only print the commands
-
-
-def usage_error(message: object) -> NoReturn:
-    """Say in one line what is wrong, and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 @dataclass
@@ -120,8 +116,11 @@ def check_table(table: dict[str, Any], known: dict[str, Any], needed: tuple[str,
             raise ValueError(f"{name} is {value!r}: it must be a {words}{kind.__name__}")
 
 
-def make_jobs(spec: dict[str, Any], folder: Path) -> list[Job]:
-    """The jobs of a job file in the order of the seeds, with runs in `folder`; raises ValueError if it is wrong."""
+def make_jobs(spec: dict[str, Any], folder: Path, more: str = "") -> list[Job]:
+    """The jobs of a job file in the order of the seeds, with runs in `folder`; raises ValueError if it is wrong.
+
+    `more` are flags of all jobs: the last, so that they win.
+    """
     check_table(spec, FIELDS, ("env_ids", "seeds"))
     variants, extras = spec.get("variants", []), spec.get("extra", [])
     for variant in variants:
@@ -145,7 +144,7 @@ def make_jobs(spec: dict[str, Any], folder: Path) -> list[Job]:
                 for extra in extras:
                     if env_id in extra.get("env_ids", [env_id]) and algorithm in extra.get("algorithms", [algorithm]):
                         words.append(extra["flags"])
-                flags = shlex.split(" ".join([*words, variant.get("flags", "")]))
+                flags = shlex.split(" ".join([*words, variant.get("flags", ""), more]))
                 flags += ["--env-id", env_id, "--seed", str(seed), "--num-threads", "1"]
                 run_dir = folder / f"{env_id.replace('|', 'p').replace('/', '_')}__{variant['name']}__{seed}"
                 if run_dir in jobs or run_dir.parent != folder or run_dir.name.count("__") != 2:
@@ -155,10 +154,10 @@ def make_jobs(spec: dict[str, Any], folder: Path) -> list[Job]:
     return list(jobs.values())
 
 
-def read_jobs(job_file: Path, runs: Path) -> list[Job]:
+def read_jobs(job_file: Path, runs: Path, flags: str = "") -> list[Job]:
     """The jobs of a job file; exits with a usage error if it is unreadable or wrong (see `make_jobs`)."""
     try:
-        return make_jobs(tomllib.loads(job_file.read_text()), runs / job_file.stem)
+        return make_jobs(tomllib.loads(job_file.read_text()), runs / job_file.stem, flags)
     except (OSError, ValueError) as e:
         usage_error(f"{job_file}: {getattr(e, 'strerror', None) or e}")
 
@@ -221,7 +220,7 @@ def main(args: Args) -> None:
     """Run all the jobs."""
     if args.workers < 1:
         usage_error(f"--workers is {args.workers}: it must be greater than 0")
-    jobs = select(read_jobs(args.job_file, args.runs), args)
+    jobs = select(read_jobs(args.job_file, args.runs, args.flags), args)
     waiting, running, durations, failed = [], {}, [], 0
     for job in jobs:
         try:

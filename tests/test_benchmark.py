@@ -1,11 +1,14 @@
 """The benchmark's tools: records of runs, statistics, comparisons, and the runner on tiny jobs."""
 
+import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import cloudpickle
@@ -13,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +51,27 @@ def test_confidence_interval():
         low, high = plot.confidence_interval(rng.normal(3, 2, 20), seed=i)
         covered += low < 3 < high
     assert 84 <= covered <= 99  # nominally 95; the percentile bootstrap of 20 is a little narrow
+
+
+def test_intervals_over_tasks():
+    """Of three runs on two tasks all resamples can be listed: their quantiles; pooled, the interval would be wider."""
+    tasks = np.array([0.0, 0.1, 0.3]), np.array([0.7, 0.75, 1.0])
+    means = [np.sort([*a, *b])[1:5].mean() for a, b in product(*(product(x, repeat=3) for x in tasks))]
+    np.testing.assert_allclose(plot.confidence_interval(*tasks), np.percentile(means, [2.5, 97.5]), atol=0.006)
+
+
+def test_improvement():
+    """The Mann-Whitney U of each task; the interval from the list of all resamples, which the pairs do not share."""
+    tasks = [(np.array([1.0, 4.0]), np.array([2.0, 3.0, 4.0])), (np.array([5.0, 6.0]), np.array([1.0, 5.5]))]
+    p, low, high = plot.improvement(tasks)
+    assert p == pytest.approx(np.mean([stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in tasks]))
+    probabilities = []
+    for x, y in tasks:
+        samples = product(product(x, repeat=len(x)), product(y, repeat=len(y)))
+        probabilities.append([np.mean([(a > b) + (a == b) / 2 for a in xs for b in ys]) for xs, ys in samples])
+    listed = [(a + b) / 2 for a, b in product(*probabilities)]
+    np.testing.assert_allclose([low, high], np.percentile(listed, [2.5, 97.5]), atol=0.01)
+    assert plot.improvement([(np.array([2.0, 2.0]), np.array([2.0]))]) == (0.5, 0.5, 0.5)
 
 
 def test_difference():
@@ -98,7 +124,7 @@ def test_record_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     expected = [506, 516, (522 + 524 + 26 + 28 + 30) / 5, 36, 46]
     np.testing.assert_allclose(run.columns["train_return"], expected)
     np.testing.assert_allclose(run.columns["eval_return"], [np.nan, 540, np.nan, 80, np.nan])
-    assert run.final_return == 80 and run.seconds == 96
+    assert run.final_return == 80
     described = json.loads((tmp_path / "results" / "runs.jsonl").read_text())
     assert described["run"] == "Ant-4x2__happo__1" and described["starts"] == 4 and described["commit"] == "abc"
     np.testing.assert_allclose(run.columns["steps_per_second"], [1000, 1000, 10_000 / 16, 500, 250])
@@ -135,10 +161,14 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert [path.name for path in results.glob("*.csv")] == ["Ant-4x2__happo__1.csv"]
     plot.table(results)
-    assert capsys.readouterr().out.splitlines()[2] == "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | | |"
+    assert (
+        capsys.readouterr().out.splitlines()[2]
+        == "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | | | 1920 | 5800 to 5900 |"
+    )
     before = (results / "runs.jsonl").read_text()
-    with pytest.raises(SystemExit, match="has no runs with a log"):
+    with pytest.raises(SystemExit, match="2"):
         plot.record(tmp_path / "mistyped", results)
+    assert capsys.readouterr().err == f"error: {tmp_path}/mistyped has no runs with a log\n"
     assert (results / "runs.jsonl").read_text() == before
 
 
@@ -166,15 +196,152 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def test_table_and_figure(recorded: Path, capsys: pytest.CaptureFixture):
-    """The table has the numbers of the records, the figure is drawn from them."""
+def write_record(results: Path, run: str, evaluations: dict[int, float], steps: int, speed: float = 100.0) -> None:
+    """A record of rows of 10,000 steps; training returns are the step."""
+    results.mkdir(exist_ok=True)
+    rows = [f"{s},{s / speed},{s},{evaluations.get(s, np.nan)},{speed}" for s in range(10_000, steps + 1, 10_000)]
+    (results / f"{run}.csv").write_text("\n".join([",".join(plot.COLUMNS), *rows]))
+
+
+def test_table(recorded: Path, capsys: pytest.CaptureFixture):
+    """The table has the numbers of the records."""
     capsys.readouterr()
     plot.table(recorded)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| Ant-4x2 | HAPPO | 3 | 82 | 82 (81 to 83) | 81, 83 | 40,000 | 1000 | 0.01 |"
-    assert lines[3] == "| Ant-4x2 | MAPPO | 3 | 182 | 182 (181 to 183) | 181, 183 | 40,000 | 1000 | 0.01 |"
-    plot.figure(recorded)
-    assert (recorded / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        lines[2] == "| Ant-4x2 | HAPPO | 3 | 82 | 82 (81 to 83) | 81, 83 | 40,000 | 1000 | 0.01 | 1920 | 5800 to 5900 |"
+    )
+    assert lines[3] == "| Ant-4x2 | MAPPO | 3 | 182 | 182 (181 to 183) | 181, 183 | 40,000 | 1000 | 0.01 | 775 | 5800 |"
+    path = recorded / "Ant-4x2__mappo__1.csv"
+    path.rename(recorded / "Ant-4x2__mappo-shared__1.csv")
+    plot.table(recorded)
+    assert capsys.readouterr().out.splitlines()[4].endswith(" | 0.01 |  |  |")  # nothing is published of it
+
+
+def test_published_returns_are_of_known_tasks():
+    """The paper's figure 3 has all its tasks and algorithms; HARL's table has Hopper as well; no row is there twice."""
+    with open(ROOT / "benchmark" / "published.csv", newline="") as f:
+        rows = [(row["source"], row["task"], row["algorithm"]) for row in csv.DictReader(f)]
+    assert len(set(rows)) == len(rows)
+    expected = {("ICLR 2022", task, algorithm) for task in plot.TASKS for algorithm in plot.ALGORITHMS}
+    assert {row for row in rows if row[0] == "ICLR 2022"} == expected
+    assert {task for source, task, _ in rows if source == "HARL"} - {*plot.TASKS} == {"Hopper-3x1"}
+
+
+def test_seconds(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Training returns are the step: 15,000 is first passed at 20,000, at exactly 20,000 too; one seed never does."""
+    for seed, speed in ((1, 100), (2, 50), (3, 400)):
+        write_record(tmp_path, f"Ant-4x2__happo__{seed}", {}, 40_000, speed)
+    for seed, steps in ((1, 30_000), (2, 10_000)):
+        write_record(tmp_path, f"Ant-4x2__ippo__{seed}", {}, steps)
+    for target in (15_000, 20_000):
+        plot.seconds(tmp_path, "Ant-4x2", target)
+        assert capsys.readouterr().out.splitlines() == ["HAPPO: 200 [50 to 400]", "IPPO: -"]
+    with pytest.raises(SystemExit, match="2"):
+        plot.seconds(tmp_path, "Ant-2x4", 1)
+    assert capsys.readouterr().err == f"error: {tmp_path} has no runs of Ant-2x4\n"
+
+
+def test_models(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The best seed by the last evaluation, of HAPPO and HATRPO only; a missing model is one line."""
+    results, runs, models = tmp_path / "results", tmp_path / "runs", tmp_path / "to" / "models"
+    for algorithm in ("happo", "mappo", "hatrpo", "happo-shared"):
+        for seed, scores in ((1, {10_000: 99, 20_000: 7}), (2, {20_000: 8}), (3, {}), (4, {10_000: 1})):
+            write_record(results, f"Ant-4x2__{algorithm}__{seed}", scores if algorithm != "hatrpo" else {}, 20_000)
+            run_dir = runs / f"Ant-4x2__{algorithm}__{seed}"
+            run_dir.mkdir(parents=True)
+            (run_dir / "model.pt").write_text(f"{algorithm} {seed}" + "x" * 2000)
+    write_record(results, "Ant-2x4__happo__5", {10_000: -3}, 10_000)
+    (runs / "Ant-2x4__happo__5").mkdir()
+    (runs / "Ant-2x4__happo__5" / "model.pt").write_text("x" * 500)
+    plot.models(runs, results, models)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{models}/happo-Ant-2x4.pt: return -3, seed 5, 500 bytes",
+        f"{models}/happo-Ant-4x2.pt: return 8, seed 2, 2,007 bytes",
+        "2,507 bytes in all",
+    ]
+    assert {path.name: path.read_text()[:7] for path in models.iterdir()} == {
+        "happo-Ant-2x4.pt": "xxxxxxx",
+        "happo-Ant-4x2.pt": "happo 2",
+    }
+    (runs / "Ant-4x2__happo__2" / "model.pt").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        plot.models(runs, results, models)
+    error = f"error: {runs}/Ant-4x2__happo__2/model.pt to {models}/happo-Ant-4x2.pt: No such file or directory\n"
+    assert capsys.readouterr().err == error
+
+
+def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Panels in figure 3's order, a curve per algorithm of the points measured, to where its shortest run ends."""
+    figures, save = {}, Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda fig, path: (figures.update({path.stem: fig}), save(fig, path)))
+    write_record(tmp_path, "Walker2d-2x3__happo__1", {20_000: 10, 40_000: 20, 60_000: 90}, 60_000)
+    write_record(tmp_path, "Walker2d-2x3__happo__2", {10_000: 1, 20_000: 20, 40_000: 40}, 50_000, speed=300)
+    write_record(tmp_path, "Walker2d-2x3__happo-shared__1", {30_000: 7}, 30_000)
+    write_record(tmp_path, "Walker2d-2x3__ippo__1", {}, 30_000)  # without an evaluation
+    for env_id in ("Hopper-3x1", "Ant-4x2", "Coupled-1x1"):
+        write_record(tmp_path, f"{env_id}__hatrpo__1", {10_000: 5}, 10_000)
+    plot.figure(tmp_path)
+    for name, x in (("figure", [0.02, 0.04]), ("hours", [(200 + 200 / 3) / 7200, (400 + 400 / 3) / 7200])):
+        fig = figures[name]
+        assert [ax.get_title() for ax in fig.axes] == ["Ant-4x2", "Walker2d-2x3", "Coupled-1x1", "Hopper-3x1"]
+        happo, shared = fig.axes[1].lines
+        np.testing.assert_allclose(happo.get_xydata().T, [x, [15, 30]])
+        assert (happo.get_color(), happo.get_linestyle()) == ("C1", "-")
+        assert (shared.get_color(), shared.get_linestyle()) == ("C1", "--")
+        band = fig.axes[1].collections[0].get_paths()[0].vertices
+        expected = {(x[0], 10), (x[0], 20), (x[1], 20), (x[1], 40)}
+        assert {(round(a, 9), b) for a, b in band} == {(round(a, 9), b) for a, b in expected}
+        (legend,) = fig.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["HATRPO", "HAPPO", "HAPPO-SHARED"]
+        assert "mean over 1 to 2 seeds; band: lowest to highest seed" in fig.get_supxlabel()
+
+
+def test_figure_of_twelve_tasks_is_small(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Of five algorithms and jagged curves, less than 300 kB each."""
+    rng = np.random.default_rng(0)
+    for env_id in plot.TASKS:
+        for algorithm in plot.ALGORITHMS:
+            for seed in (1, 2, 3):
+                scores = {step: rng.normal(step / 1000, 300) for step in range(50_000, 1_000_001, 50_000)}
+                write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", scores, 1_000_000)
+    plot.figure(tmp_path)
+    files = [tmp_path / "figure.png", tmp_path / "hours.png"]
+    assert capsys.readouterr().out.splitlines() == [str(file) for file in files]
+    for file in files:
+        assert file.stat().st_size < 300_000
+        width, height = plt.imread(file).shape[1::-1]
+        assert 1000 <= width <= 1300 and 1000 <= height <= 1300
+
+
+def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Scores are scaled by a task's extremes; a task that one algorithm lacks counts only for pairs that have it."""
+    returns = {
+        "Ant-4x2": {"happo": [0, 50, 100], "mappo": [40, 60, 20], "happo-shared": [10, 10, 30]},
+        "Walker2d-2x3": {"happo": [300, 300, 300], "mappo": [300, 300, 300], "happo-shared": [300, 300, 300]},
+        "Humanoid-17x1": {"happo": [900, 800], "mappo": [100, 850]},
+    }
+    for env_id, algorithms in returns.items():
+        for algorithm, scores in algorithms.items():
+            write_record(tmp_path, f"{env_id}__{algorithm}__9", {}, 20_000)  # not evaluated yet
+            for seed, score in enumerate(scores):
+                write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", {10_000: score}, 10_000 * (seed + 1))
+    plot.aggregate(tmp_path)
+    out = capsys.readouterr().out
+    assert out.startswith("Over 2 of 3 tasks, those with all algorithms: Ant-4x2, Walker2d-2x3.")
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in out.splitlines()}
+    # Of six scores the middle four: of 0, 0, 0, 0, 0.5, 1 they are 0, 0, 0, 0.5.
+    for name, mean in (("HAPPO", 0.125), ("HAPPO-SHARED", 0.05), ("MAPPO", (0.2 + 0.4) / 4)):
+        assert cells[f"| {name}"][:2] == ["6", "20,000"]
+        assert float(cells[f"| {name}"][2].split()[0]) == pytest.approx(mean, abs=0.006)
+    assert cells["| HAPPO over MAPPO"][0] == "3"
+    assert cells["| HAPPO over MAPPO"][1].startswith(f"{np.mean([5 / 9, 1 / 2, 3 / 4]):.2f} (")
+    assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["2"] and "| HATRPO over HAPPO" not in cells
+    for path in tmp_path.glob("*__mappo__*"):
+        path.rename(path.with_name(path.name.replace("mappo", "ippo").replace("Ant", "Reacher").replace("Walk", "Run")))
+    with pytest.raises(SystemExit, match="2"):
+        plot.aggregate(tmp_path)
+    assert "has no task on which all its algorithms were evaluated" in capsys.readouterr().err
 
 
 def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -261,12 +428,14 @@ def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path, run_jobs):
     write_job(tmp_path, 512)
     assert run_jobs() == (0, ["1 jobs, 1 finished before", "0 of 0 jobs in 0.0 min, 0 failed"])
 
-    write_job(tmp_path, 768)
+    longer = {"flags": "--total-timesteps 768"}  # the file still says 512
     with FileLock(run / "lock"):  # as a script does that has outlived its runner
-        code, lines = run_jobs()
+        code, lines = run_jobs(**longer)
     assert code == 1 and f"{run.name}: FAILED with 1: another process is at work on it" in lines[1]
     assert step_of(run) == 512 and len(starts(run)) == 1
-    assert run_jobs()[0] == 0
+    assert run_jobs(**longer)[0] == 0
+    assert run_jobs()[1][0] == "1 jobs, 1 finished before"  # longer than the file says
+    assert run_jobs(flags="--gamma 0.9")[1][0].startswith(f"{run.name}: FAILED: begun with gamma 0.99, not 0.9")
     assert step_of(run) == 768 and [start["command"][-2] for start in starts(run)] == ["--run-dir", "--resume"]
     speeds = {point.step: point.value for point in EventAccumulator(str(run)).Reload().Scalars("charts/SPS")}
     assert plot.read_log(run)["seconds"] == pytest.approx([512 / speeds[512] + 256 / speeds[768]])
@@ -388,11 +557,19 @@ def test_bad_job_files_are_one_line(tmp_path: Path, text: str, message: str, cap
 @pytest.mark.parametrize("name", ["halfcheetah", "walker_ant", "figure3", "figure4"])
 def test_job_files_are_understood(name: str, tmp_path: Path):
     """Every job of the published figures has flags that its script understands, and another directory."""
-    jobs = runner.read_jobs(ROOT / "benchmark" / f"{name}.toml", tmp_path)
-    sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 5, "figure4": 6 * 3 * 5}
+    job_file = ROOT / "benchmark" / f"{name}.toml"
+    jobs = runner.read_jobs(job_file, tmp_path)
+    sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 3, "figure4": 6 * 3 * 3}
     assert len({job.run_dir for job in jobs}) == len(jobs) == sizes[name]
     for job in jobs:
         algorithm = Path(job.command[0]).stem.split("_")[0]
         shared, fixed = (f"__{algorithm}-{v}__" in job.run_dir.name for v in ("shared", "fixed"))
         assert (getattr(job.args, "share_param", False), getattr(job.args, "fixed_order", False)) == (shared, fixed)
-        assert job.args.total_timesteps >= 1_000_000 and job.args.num_threads == 1
+        steps = 500_000 if (name, algorithm) == ("figure3", "maddpg") else 1_000_000
+        assert job.args.total_timesteps == steps and job.args.num_threads == 1
+        assert (job.args.eval_interval == 50_000) == (job.args.eval_episodes == 20) == name.startswith("figure")
+    if name.startswith("figure"):
+        (flags,) = re.findall('--flags="(.+)"', job_file.read_text())  # the tutorial's length, in a comment
+        for job in runner.read_jobs(job_file, tmp_path, flags):  # of all: they win over [[extra]]
+            args = job.args
+            assert (args.total_timesteps, args.eval_interval, args.eval_episodes) == (10_000_000, 100_000, 40)
