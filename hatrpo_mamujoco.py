@@ -72,7 +72,7 @@ class Args:
     fisher_stride: int = 1  # the Fisher matrix is taken on every n-th row of the batch; the line search's KL on all
     ent_coef: float = 0.0  # coefficient of the entropy bonus, a part of the objective
     max_grad_norm: float = 10.0  # largest norm of a network's gradient; longer ones are scaled down
-    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actors and critic
+    hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of actors and critic
     log_std_init: float = -1.0  # log of the first standard deviation of the actions, which go from -1 to 1
     share_param: bool = False  # ablation: one network for all agents, which is told the agent's id
     fixed_order: bool = False  # ablation: update the agents in the order 0..n-1 instead of a fresh random one
