@@ -57,14 +57,14 @@ class Args:
     # Algorithm
     num_envs: int = 20  # parallel environments
     num_steps: int = 100  # steps in each environment per iteration; the batch is num_envs * num_steps
-    learning_rate: float = 7e-4  # of the actors
-    critic_learning_rate: float = 2e-3  # of the critic
+    learning_rate: float = 5e-4  # of the actors
+    critic_learning_rate: float = 1e-3  # of the critic
     anneal_lr: bool = False  # let both learning rates fall linearly, to 0 at total_timesteps
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimation
     update_epochs: int = 5  # passes of each actor over the batch per iteration
     critic_epochs: int = 10  # passes of the critic over the batch per iteration
-    num_minibatches: int = 1  # minibatches per pass; must divide the batch
+    num_minibatches: int = 2  # minibatches per pass; must divide the batch
     clip_coef: float = 0.1  # epsilon of the clipped objective
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     max_grad_norm: float = 10.0  # largest norm of a network's gradient; longer ones are scaled down
