@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -46,6 +47,7 @@ def same(a: dict, b: dict) -> bool:
 def test_requirements_are_enough(script: ModuleType):
     """Whatever package a script imports is in requirements.txt or needed by what is: the tests' own are not enough."""
     needed, todo = set(), [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] == todo
     while todo:
         requirement = Requirement(todo.pop())
         name, extras = canonicalize_name(requirement.name), {"", *requirement.extras}
