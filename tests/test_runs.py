@@ -394,6 +394,15 @@ def test_what_stops_a_large_checkpoint_is_told(error: BaseException, tmp_path: P
     assert raised.value is error and newest(tmp_path) == {"step": 1}
 
 
+def test_a_checkpoint_is_replaced_never_written_to(script: ModuleType, tmp_path: Path):
+    """Who has the old file open reads the old state to its end: there is no moment with half of the new one."""
+    script.save({"step": 1}, tmp_path / "checkpoint.pt")
+    (tmp_path / "open.pt").hardlink_to(tmp_path / "checkpoint.pt")
+    script.save({"step": 2}, tmp_path / "checkpoint.pt")
+    assert torch.load(tmp_path / "open.pt") == {"step": 1} and newest(tmp_path) == {"step": 2}
+    assert {path.name for path in tmp_path.iterdir()} == {"open.pt", "checkpoint.pt"}
+
+
 def test_deleted_run_directory_is_one_line(tmp_path: Path):
     """Somebody deletes the directory of a running run."""
     import hatrpo_mamujoco as script
