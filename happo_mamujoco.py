@@ -259,6 +259,7 @@ class Policy(nn.Module):
             action_ids[partition.act_ids[i]] = i * max(act_dims) + np.arange(act_dims[i])
         if args.share_param:  # and a 1 behind it, for the one-hot agent id
             obs_ids = np.hstack([obs_ids, obs_dim + np.eye(num_agents, dtype=int)])
+        self.register_buffer("zero_one", torch.tensor([0.0, 1.0]))
         self.register_buffer("obs_ids", torch.as_tensor(obs_ids))
         self.register_buffer("action_ids", torch.as_tensor(action_ids))
         size = obs_ids.shape[1], max(act_dims)
@@ -272,8 +273,7 @@ class Policy(nn.Module):
 
     def observe(self, obs: Tensor) -> Tensor:
         """What each actor gets of flat observations [..., B, obs_dim]: [num_agents, ..., B, its inputs]."""
-        constants = obs.new_tensor([0.0, 1.0]).expand(*obs.shape[:-1], 2)
-        return torch.cat([obs, constants], dim=-1)[..., self.obs_ids].movedim(-2, 0)
+        return torch.cat([obs, self.zero_one.expand(*obs.shape[:-1], 2)], dim=-1)[..., self.obs_ids].movedim(-2, 0)
 
     @torch.no_grad()
     def act(self, obs: Tensor, generator: Generator | None = None) -> Tensor:
@@ -317,28 +317,33 @@ def minibatches(batch_size: int, num_minibatches: int, generator: Generator) -> 
 
 def ppo_loss(
     actor: Actor, obs: Tensor, actions: Tensor, logprobs: Tensor, M: Tensor, clip_coef: float, ent_coef: float
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped surrogate loss of one agent (Schulman et al. 2017, eq. 7), with M in the place of the advantage.
 
     `logprobs` [B] are the joint log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i] when they were
-    drawn, M [B] is what the ratio is weighted with. Returns the loss to minimise, the ratio of new to old probability
-    [B], and what is logged.
+    drawn, M [B] is what the ratio is weighted with. Returns the loss to minimise, the log-ratio of new to old
+    probability [B], and the mean entropy.
     """
     dist = actor(obs)
     logratio = actor.log_prob(dist, actions) - logprobs
     ratio = logratio.exp()
     policy_loss = -torch.min(ratio * M, ratio.clamp(1 - clip_coef, 1 + clip_coef) * M).mean()
     entropy = actor.entropy(dist).mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()  # k3 of Schulman, http://joschu.net/blog/kl-approx.html
-        clip_fraction = ((ratio - 1).abs() > clip_coef).float().mean()
-    stats = {"policy_loss": policy_loss, "entropy": entropy, "approx_kl": approx_kl, "clip_fraction": clip_fraction}
-    return policy_loss - ent_coef * entropy, ratio, stats
+    return policy_loss - ent_coef * entropy, logratio, entropy
+
+
+def ppo_stats(loss: Tensor, logratio: Tensor, entropy: Tensor, args: Args) -> dict[str, Tensor]:
+    """What is logged of an update, from what `ppo_loss` returns of the whole batch after it."""
+    ratio = logratio.exp()
+    approx_kl = (ratio - 1 - logratio).mean()  # k3 of Schulman, http://joschu.net/blog/kl-approx.html
+    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    policy_loss = loss + args.ent_coef * entropy
+    return {"policy_loss": policy_loss, "entropy": entropy, "approx_kl": approx_kl, "clip_fraction": clip_fraction}
 
 
 def happo_update(
     actors: Sequence[Actor],
-    optimizers: Sequence[Adam],
+    optimizer: Adam,
     obs: Sequence[Tensor],
     actions: Sequence[Tensor],
     advantages: Tensor,
@@ -347,9 +352,9 @@ def happo_update(
 ) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """Update the actors one after the other in random order, each on its clipped objective with the factor M.
 
-    Per agent: `actors`, with the parameters that collected the batch; `optimizers`, the same object where they share
-    their parameters; `obs` and `actions`, [B, ...]. `advantages`: A(s, a), normalised, [B]. Returns what is logged of
-    each agent, in the order of the updates: of the whole batch, after its update; and M after the last agent.
+    Per agent: `actors`, with the parameters that collected the batch; `obs` and `actions`, [B, ...]. `advantages`:
+    A(s, a), normalised, [B]. `optimizer` has the parameters of all.
+    Returns what is logged of each agent, of the whole batch after its update, in that order; and the last M.
     """
     stats: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():  # of all before any changes: with shared parameters all would
@@ -361,17 +366,17 @@ def happo_update(
             for mb in minibatches(len(advantages), args.num_minibatches, generator):
                 batch = obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb]
                 loss, _, _ = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
-                optimizers[i].zero_grad()
+                optimizer.zero_grad()  # of all: Adam leaves those without a gradient alone
                 loss.backward()
                 nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
-                optimizers[i].step()
+                optimizer.step()
         with torch.no_grad():
             batch = obs[i], actions[i], logprobs[i], M
-            _, ratio, stats[i] = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
-            stats[i]["M_std"] = M.std()
+            loss, logratio, entropy = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
+            stats[i] = ppo_stats(loss, logratio, entropy, args) | {"M_std": M.std()}
             # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what this one changed.
             # A itself is not recomputed, M is neither normalised nor clipped.
-            M = M * ratio
+            M = M * logratio.exp()
     return stats, M
 
 
@@ -463,11 +468,9 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
     critic_optimizer = Adam(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
     saved = {"env": env, "policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}
 
-    # Actor optimizers
-    optimizers = [Adam(actor.parameters(), lr=args.learning_rate, eps=1e-5, fused=True) for actor in actors]
-    if args.share_param:
-        optimizers = [optimizers[0]] * len(actors)
-    saved |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    # Actor optimizer
+    thetas = nn.ModuleList(actors).parameters()  # each once: they may share one
+    saved["actor_optimizer"] = actor_optimizer = Adam(thetas, lr=args.learning_rate, eps=1e-5, fused=True)
 
     # Storage
     shape, batch_size = (args.num_steps, args.num_envs), args.num_envs * args.num_steps
@@ -533,9 +536,9 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
         # Actor update
         agents_obs = policy.observe(b_obs).contiguous()
         agents_actions = [actions.flatten(0, 1)[:, act_ids] for act_ids in partition.act_ids]
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = log["charts/learning_rate"] = lr_scale * args.learning_rate
-        stats, M = happo_update(actors, optimizers, agents_obs, agents_actions, b_advantages, args, generator)
+        log["charts/learning_rate"] = lr_scale * args.learning_rate
+        actor_optimizer.param_groups[0]["lr"] = log["charts/learning_rate"]
+        stats, M = happo_update(actors, actor_optimizer, agents_obs, agents_actions, b_advantages, args, generator)
         log |= {f"agent_{i}/{key}": value.item() for i, agent in stats.items() for key, value in agent.items()}
         log["losses/M_std"] = M.std().item()
 

@@ -271,6 +271,7 @@ class Policy(nn.Module):
             action_ids[partition.act_ids[i]] = i * max(act_dims) + np.arange(act_dims[i])
         if args.share_param:  # and a 1 behind it, for the one-hot agent id
             obs_ids = np.hstack([obs_ids, obs_dim + np.eye(num_agents, dtype=int)])
+        self.register_buffer("zero_one", torch.tensor([0.0, 1.0]))
         self.register_buffer("obs_ids", torch.as_tensor(obs_ids))
         self.register_buffer("action_ids", torch.as_tensor(action_ids))
         size = obs_ids.shape[1], max(act_dims)
@@ -284,8 +285,7 @@ class Policy(nn.Module):
 
     def observe(self, obs: Tensor) -> Tensor:
         """What each actor gets of flat observations [..., B, obs_dim]: [num_agents, ..., B, its inputs]."""
-        constants = obs.new_tensor([0.0, 1.0]).expand(*obs.shape[:-1], 2)
-        return torch.cat([obs, constants], dim=-1)[..., self.obs_ids].movedim(-2, 0)
+        return torch.cat([obs, self.zero_one.expand(*obs.shape[:-1], 2)], dim=-1)[..., self.obs_ids].movedim(-2, 0)
 
     @torch.no_grad()
     def act(self, obs: Tensor, generator: Generator | None = None) -> Tensor:

@@ -198,9 +198,9 @@ def exact_batch(game: Game, policies: Sequence[ndarray], order: Sequence[int]) -
 def run_happo(
     actors: Sequence[TabularActor], batch: tuple, args: happo.Args, seed: int = 0, optimizer: Callable = Adam
 ) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
-    """The shipped HAPPO, one optimizer per agent."""
-    optimizers = [optimizer(actor.parameters(), lr=args.learning_rate) for actor in actors]
-    return happo.happo_update(actors, optimizers, *batch, args, Generator().manual_seed(seed))
+    """The shipped HAPPO."""
+    one = optimizer(nn.ModuleList(actors).parameters(), lr=args.learning_rate)
+    return happo.happo_update(actors, one, *batch, args, Generator().manual_seed(seed))
 
 
 def run_hatrpo(
@@ -218,9 +218,9 @@ def run_hatrpo(
 
 
 def run_mappo(actors: Sequence[TabularActor], batch: tuple, args: mappo.Args) -> None:
-    """The shipped MAPPO, one optimizer per agent."""
-    optimizers = [Adam(actor.parameters(), lr=args.learning_rate) for actor in actors]
-    mappo.mappo_update(actors, optimizers, *batch, args, Generator().manual_seed(0))
+    """The shipped MAPPO."""
+    optimizer = Adam(nn.ModuleList(actors).parameters(), lr=args.learning_rate)
+    mappo.mappo_update(actors, optimizer, *batch, args, Generator().manual_seed(0))
 
 
 class Update(NamedTuple):
@@ -651,14 +651,14 @@ def split(n: int) -> Game:
 
 def train_on_split(n: int, actors: Sequence[TabularActor], lr: float) -> list[float]:
     """40 iterations of HAPPO on exact advantages; the return before each of them and at the end."""
-    optimizers = {actor: Adam(actor.parameters(), lr=lr) for actor in actors}
+    optimizer = Adam(nn.ModuleList(actors).parameters(), lr=lr)
     args, generator, game = happo.Args(**CLIPPED), Generator().manual_seed(0), split(n)
     returns = []
     for _ in range(40):
         policies = [actor.policy() for actor in actors]
         returns.append(solve(game, policies).J)
         batch = exact_batch(game, policies, range(n))
-        happo.happo_update(actors, [optimizers[actor] for actor in actors], *batch, args, generator)
+        happo.happo_update(actors, optimizer, *batch, args, generator)
     return [*returns, solve(game, [actor.policy() for actor in actors]).J]
 
 

@@ -43,8 +43,8 @@ def test_an_update_takes_nothing_from_the_other_agents(agent: int):
     def updated(batch: list[list[Tensor]]) -> Tensor:
         init = torch.Generator().manual_seed(1)
         actors = [ippo.Actor(o, a, ippo.Args(**ARGS), init) for o, a in sizes]
-        optimizers = [torch.optim.Adam(actor.parameters(), lr=1e-2) for actor in actors]
-        ippo.ippo_update(actors, optimizers, *batch, ippo.Args(**ARGS), torch.Generator().manual_seed(2))
+        optimizer = torch.optim.Adam(torch.nn.ModuleList(actors).parameters(), lr=1e-2)
+        ippo.ippo_update(actors, optimizer, *batch, ippo.Args(**ARGS), torch.Generator().manual_seed(2))
         return actors[agent].theta.detach()
 
     def replaced(of_agents: set[int]) -> list[list[Tensor]]:
@@ -69,9 +69,9 @@ def test_each_critic_sees_what_its_agent_sees(share_param: bool, tmp_path: Path,
         fits.append((obs, returns, critic(obs).squeeze(-1).detach()))
         return critic_update(critic, optimizer, obs, returns, *args)
 
-    def recorded_update(actors: object, optimizers: object, obs: Tensor, *args: object) -> object:
+    def recorded_update(actors: object, optimizer: object, obs: Tensor, *args: object) -> object:
         seen.append((obs, args[1]))
-        return ippo_update(actors, optimizers, obs, *args)
+        return ippo_update(actors, optimizer, obs, *args)
 
     monkeypatch.setattr(ippo, "compute_gae", recorded_gae)
     monkeypatch.setattr(ippo, "critic_update", recorded_fit)
@@ -103,10 +103,10 @@ def test_own_advantages_are_used():
     obs, actions = torch.randn(16, 3, generator=generator), torch.randn(16, 1, generator=generator)
     args = ippo.Args(num_minibatches=1, update_epochs=1, hidden_sizes=(8,))
     start, *actors = (ippo.Actor(3, 1, args, torch.Generator().manual_seed(1)) for _ in range(3))
-    optimizers = [torch.optim.SGD(actor.parameters(), lr=1e-3) for actor in actors]
+    optimizer = torch.optim.SGD(torch.nn.ModuleList(actors).parameters(), lr=1e-3)
     advantages = torch.randn(16, generator=generator)
     batch = [obs, obs], [actions, actions], [advantages, -advantages]
-    ippo.ippo_update(actors, optimizers, *batch, args, generator)
+    ippo.ippo_update(actors, optimizer, *batch, args, generator)
     objective = (advantages * start.log_prob(start(obs), actions)).mean()  # its gradient is that of the ratio times A
     (gradient,) = torch.autograd.grad(objective, start.theta)
     for actor, sign in zip(actors, (1, -1), strict=True):

@@ -19,13 +19,13 @@ ALGORITHM = (
     (r"^    # Algorithm$", r"^# Environment$"),
     (r"^    def kl", r"^class Policy"),
     (r"^def minibatches", r"^def critic_update"),
-    (r"^    # Actor optimizers$", r"^    # Storage$"),
-    (r"^        for optimizer in optimizers", r"^        # Critic update$"),
+    (r"^    # Actor optimizer$", r"^    # Storage$"),
+    (r"learning_rate.*args.learning_rate$", r"^        # Critic update$"),
     (r"^        stats, M = hatrpo_update", r"^        # Critic update$"),
 )
 # IPPO's critics are part of its algorithm.
 CRITICS = (
-    (r"^    # Critic$", r"^    # Actor optimizers$"),
+    (r"^    # Critic$", r"^    # Actor optimizer$"),
     (r"^        # Advantages$", r"^        agents_actions"),
     (r"^        # Critic update$", r"^        # Logging$"),
 )
