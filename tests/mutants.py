@@ -166,8 +166,11 @@ def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> 
             tests.insert(0, [f"tests/{last[0]}", "-k", last[1]])
         for chosen in tests:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *chosen]
-            out = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
-            if failed := [line.split()[1] for line in out.splitlines() if line.startswith(("FAILED", "ERROR "))]:
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+            if done.returncode not in (0, 1, 5):  # passed, failed, none of that name
+                raise SystemExit(f"{description}: the tests did not run\n{done.stdout}{done.stderr}")
+            failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
+            if failed:
                 break
     return (failed[0].removeprefix("tests/") if failed else ""), time.time() - start
 
