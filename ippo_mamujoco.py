@@ -275,7 +275,7 @@ class Policy(nn.Module):
         """What each actor gets of flat observations [..., B, obs_dim]: [num_agents, ..., B, its inputs]."""
         return torch.cat([obs, self.zero_one.expand(*obs.shape[:-1], 2)], dim=-1)[..., self.obs_ids].movedim(-2, 0)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: Tensor, generator: Generator | None = None) -> Tensor:
         """Flat observations [B, obs_dim] to flat actions [B, act_dim]; without a generator the most likely ones."""
         actions = self.joint.sample(self.joint(self.observe(obs)), generator)
