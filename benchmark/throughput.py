@@ -1,6 +1,6 @@
 """How fast it is, in ratios: to another checkout, to the limit of the machine, to other libraries' environments.
 
-    python benchmark/throughput.py --csv throughput.csv                  # all parts, half an hour
+    python benchmark/throughput.py --csv throughput.csv                  # all parts, more than an hour
     python benchmark/throughput.py --parts scripts --against ../old      # made by `git worktree add ../old COMMIT`
 
 A machine's speed changes from hour to hour, so what is compared takes turns (A B A B ...), and a ratio is that of
