@@ -665,7 +665,7 @@ def main(args: Args, checkpoint: dict[str, Any] | None = None) -> None:
 
     writer.close()
     bar.close()
-    print(f"{run_dir} is finished; now: tensorboard --logdir {run_dir}, or python evaluate.py {run_dir}")
+    print(f"{run_dir} is finished; now: tensorboard --logdir {run_dir.parent}, or python evaluate.py {run_dir}")
 
 
 if __name__ == "__main__":
