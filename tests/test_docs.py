@@ -1,5 +1,6 @@
 """README.md and docs/: their commands run, what they print is what the pages say, and no link leads nowhere."""
 
+import difflib
 import importlib
 import re
 import shlex
@@ -113,6 +114,15 @@ def test_readme_has_the_recorded_returns():
                 assert cell == f"{np.mean(scores):.0f} ({min(scores):.0f} to {max(scores):.0f})"
                 checked += 1
     assert checked >= 9
+
+
+def test_readme_shows_the_diff():
+    """Every line of the README's excerpt is one of the diff's."""
+    scripts = [(ROOT / f"{name}_mamujoco.py").read_text().splitlines() for name in ("mappo", "happo")]
+    diff = [line for line in difflib.ndiff(*scripts) if line[0] in "-+"]
+    excerpt = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+    changed = [line.translate(str.maketrans("<>", "-+", "")) for line in excerpt if line[0] in "<>"]
+    assert len(changed) > 5 and set(changed) <= set(diff)
 
 
 def anchors(page: Path) -> set[str]:
