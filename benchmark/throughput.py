@@ -211,6 +211,9 @@ class CountFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count an operation by PyTorch's own formula."""
+        with self:  # in inference mode a composite operation comes whole
+            if (out := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
+                return out
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
