@@ -354,7 +354,7 @@ def happo_update(
 
     Per agent: `actors`, with the parameters that collected the batch; `obs` and `actions`, [B, ...]. `advantages`:
     A(s, a), normalised, [B]. `optimizer` has the parameters of all.
-    Returns what is logged of each agent, of the whole batch after its update, in that order; and the last M.
+    Returns what is logged of each agent in the order of the updates, of the whole batch after its own; and the last M.
     """
     stats: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():  # of all before any changes: with shared parameters all would
