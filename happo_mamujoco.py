@@ -66,6 +66,7 @@ class Args:
     critic_epochs: int = 10  # passes of the critic over the batch per iteration
     num_minibatches: int = 2  # minibatches per pass; must divide the batch
     clip_coef: float = 0.1  # epsilon of the clipped objective
+    target_kl: float = 0.06  # how far the joint policy may move per iteration, mean KL in nats; each agent has a share
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     max_grad_norm: float = 10.0  # largest norm of a network's gradient; longer ones are scaled down
     hidden_sizes: tuple[int, ...] = (128, 128)  # hidden layers of actors and critic
@@ -82,7 +83,7 @@ class Args:
             ("hidden_sizes", 1, 10**4),
             ("checkpoint_interval eval_interval total_timesteps", 1, 10**12),
             ("seed num_threads eval_episodes", 0, 2**31),
-            ("learning_rate critic_learning_rate max_grad_norm", 1e-12, 1e6),
+            ("learning_rate critic_learning_rate max_grad_norm target_kl", 1e-12, 1e6),
             ("gamma gae_lambda clip_coef ent_coef", 0, 1),
             ("log_std_init", -10, 10),
         ):
@@ -360,12 +361,16 @@ def happo_update(
     with torch.no_grad():  # of all before any changes: with shared parameters all would
         logprobs = [actor.log_prob(actor(o), a) for actor, o, a in zip(actors, obs, actions, strict=True)]
     order = torch.randperm(len(actors), generator=generator).tolist()
-    M = advantages
+    M, joint_logratio = advantages, torch.zeros_like(advantages)
     for i in sorted(order) if args.fixed_order else order:
+        radius = args.target_kl * (len(stats) + 1) / len(actors)  # the shares of the agents so far
         for _ in range(args.update_epochs):
             for mb in minibatches(len(advantages), args.num_minibatches, generator):
                 batch = obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb]
-                loss, _, _ = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
+                loss, logratio, _ = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
+                joint = joint_logratio[mb] + logratio  # all push the same rows, and M multiplies: M / A is exp(joint)
+                if (joint.exp() - 1 - joint).mean() > radius:
+                    continue
                 optimizer.zero_grad()  # of all: Adam leaves those without a gradient alone
                 loss.backward()
                 nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
@@ -377,6 +382,7 @@ def happo_update(
             # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what this one changed.
             # A itself is not recomputed, M is neither normalised nor clipped.
             M = M * logratio.exp()
+            joint_logratio += logratio
     return stats, M
 
 

@@ -29,7 +29,7 @@ class Sibling(NamedTuple):
 # A new script is registered here.
 SIBLINGS = {
     "mappo": Sibling(590, PPO_TAGS),
-    "happo": Sibling(595, PPO_TAGS | {"M_std"}, "mappo", 50),
+    "happo": Sibling(595, PPO_TAGS | {"M_std"}, "mappo", 58),
     "hatrpo": Sibling(680, TRPO_TAGS | {"M_std", "policy_loss"}, "happo", 220),
     "ippo": Sibling(600, PPO_TAGS, "mappo", 55),
     "maddpg": Sibling(580, {"policy_loss"}),

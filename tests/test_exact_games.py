@@ -27,6 +27,7 @@ GAMMAS = (0.0, 0.01, 0.1, 0.3, 0.6, 0.9)
 
 # Every hyperparameter the updates read, so that the scripts' defaults may change: whole batches, no entropy bonus.
 CLIPPED = {"num_minibatches": 1, "update_epochs": 2, "clip_coef": 0.2, "ent_coef": 0.0, "max_grad_norm": 10.0}
+HAPPO = CLIPPED | {"target_kl": 1e6}  # an exact batch has all rows, not drawn ones: their ratios estimate no KL
 LINE_SEARCH = {"backtrack_coeff": 0.8, "backtrack_iters": 10, "accept_ratio": 0.5}
 TRUST_REGION = {"fisher_stride": 1, "cg_iters": 10, "cg_damping": 0.01, "ent_coef": 0.0, **LINE_SEARCH}
 
@@ -254,7 +255,7 @@ def random_update(seed: int) -> Update:
         actors = [TabularActor(logits[i], log, i) for i in agents]
         batch = exact_batch(game, old, agents)
         if algorithm == "happo":
-            args = happo.Args(**(CLIPPED | {"update_epochs": epochs}), fixed_order=fixed_order, learning_rate=5 * size)
+            args = happo.Args(**(HAPPO | {"update_epochs": epochs}), fixed_order=fixed_order, learning_rate=5 * size)
             stats, M = run_happo(actors, batch, args, seed)
         else:
             args = hatrpo.Args(**TRUST_REGION, fixed_order=fixed_order, target_kl=size)
@@ -457,7 +458,7 @@ def test_return_rises_as_long_as_the_bound_is_positive(algorithm: str):
                 tried = [copy.deepcopy(actor) for actor in actors]
                 in_order, batch = [tried[i] for i in order], exact_batch(game, old, order)
                 if algorithm == "happo":
-                    run_happo(in_order, batch, happo.Args(**CLIPPED, fixed_order=True, learning_rate=size))
+                    run_happo(in_order, batch, happo.Args(**HAPPO, fixed_order=True, learning_rate=size))
                 else:
                     run_hatrpo(in_order, batch, hatrpo.Args(**TRUST_REGION, fixed_order=True, target_kl=size**2))
                 new = [actor.policy() for actor in tried]
@@ -498,7 +499,7 @@ def test_happo_is_gradient_ascent_on_the_clipped_surrogate(epsilon: float):
         sol, new = solve(game, old), list(old)
         actors = [TabularActor(rows) for rows in logits]
         args = happo.Args(fixed_order=True, learning_rate=lr)
-        vars(args).update(CLIPPED | {"update_epochs": k % 5 + 1, "clip_coef": epsilon, "max_grad_norm": np.inf})
+        vars(args).update(HAPPO | {"update_epochs": k % 5 + 1, "clip_coef": epsilon, "max_grad_norm": np.inf})
         run_happo([actors[i] for i in order], exact_batch(game, old, order), args, optimizer=SGD)
         for m, i in enumerate(order):
             weighted = joint([np.ones_like(pi) if j == i else pi for j, pi in enumerate(new)]) * sol.A
@@ -627,7 +628,7 @@ def test_simultaneous_updates_lower_the_return_and_sequential_ones_raise_it(algo
     for order in permutations(range(3)):
         actors = junction_actors(order)
         if algorithm == "happo":
-            run_happo(actors, exact_batch(game, old, order), happo.Args(fixed_order=True, **size))
+            run_happo(actors, exact_batch(game, old, order), happo.Args(**HAPPO | size, fixed_order=True))
         else:
             run_hatrpo(actors, exact_batch(game, old, order), radius)
         change, moved = outcome(actors, order)
@@ -652,7 +653,7 @@ def split(n: int) -> Game:
 def train_on_split(n: int, actors: Sequence[TabularActor], lr: float) -> list[float]:
     """40 iterations of HAPPO on exact advantages; the return before each of them and at the end."""
     optimizer = Adam(nn.ModuleList(actors).parameters(), lr=lr)
-    args, generator, game = happo.Args(**CLIPPED), Generator().manual_seed(0), split(n)
+    args, generator, game = happo.Args(**HAPPO), Generator().manual_seed(0), split(n)
     returns = []
     for _ in range(40):
         policies = [actor.policy() for actor in actors]
