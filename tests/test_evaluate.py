@@ -109,6 +109,20 @@ def test_the_score_is_that_of_the_script(name: str, env_id: str, flags: dict, tm
     )
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmark/models").glob("*.pt")), ids=lambda path: path.stem)
+def test_trained_models_have_their_recorded_score(path: Path, capsys: pytest.CaptureFixture):
+    """That of the best seed's last evaluation in figure 3; another machine may add up in another order."""
+    algorithm, env_id = path.stem.split("-", 1)
+    records = (ROOT / "benchmark/results/figure3").glob(f"{env_id}__{algorithm}__*.csv")
+    score, seed = max(
+        (np.genfromtxt(file, delimiter=",", names=True)["eval_return"][-1], int(file.stem.split("__")[2]))
+        for file in records
+    )
+    evaluate.main(Args(path, episodes=20, seed=seed, num_threads=1))
+    start = f"{env_id}, 20 episodes, seed {seed}: return mean "
+    assert float(capsys.readouterr().out.removeprefix(start).split(",")[0]) == pytest.approx(score, rel=0.02)
+
+
 @pytest.mark.parametrize("tanh", [False, True])
 def test_actions_stay_in_range(model: dict, tanh: bool):
     """Networks whose outputs are 3 and -5: actions 1 and -1, and their tangens hyperbolicus for MADDPG."""
