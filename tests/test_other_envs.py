@@ -1,58 +1,43 @@
 """The scripts on a vector environment that has nothing to do with envs/: one line of a copied script changes."""
 
-import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-pytestmark = pytest.mark.slow  # whole runs and processes
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(ROOT.glob("*_mamujoco.py"))
-FLAGS = [
-    "--num-envs",
-    "4",
-    "--num-steps",
-    "50",
-    "--hidden-sizes",
-    "16",
-    "--num-threads",
-    "1",
-    "--eval-interval",
-    "2000",
-]
-MADDPG = ["--learning-starts", "400", "--batch-size", "128", "--buffer-size", "4000", "--updates-per-step", "0.5"]
-# Two agents push a point along an axis each, towards the origin; float32 observations, no statistics, no saved state.
-TOY = """
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_scripts import ROOT, command_line, error_of
 
-Partition = SimpleNamespace
+pytestmark = pytest.mark.slow  # whole runs and processes
+
+FLAGS = "--num-envs 4 --num-steps 50 --hidden-sizes 16 --num-threads 1 --eval-interval 2500"
+MADDPG = "--learning-starts 400 --batch-size 128 --buffer-size 4000 --updates-per-step 0.25 --tau 0.02"
+MADDPG += " --learning-rate 2e-3 --critic-learning-rate 4e-3"
 
 
 class PointEnv(VectorEnv):
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    partition = Partition(num_agents=2, obs_ids=2 * [np.array([0, 1])], act_ids=[np.array([1]), np.array([0])])
+    """Two agents push a point along an axis each, to the origin; float32, no episode statistics, no saved state."""
 
-    def __init__(self, num_envs):
-        self.num_envs = num_envs
+    partition = SimpleNamespace(num_agents=2, obs_ids=2 * [np.array([0, 1])], act_ids=[np.array([1]), np.array([0])])
+
+    def __init__(self, num_envs: int, autoreset_mode: AutoresetMode) -> None:
+        self.num_envs, self.metadata = num_envs, {"autoreset_mode": autoreset_mode}
         self.single_observation_space, self.single_action_space = Box(-9, 9, (2,), np.float32), Box(-3, 5, (2,))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.rng, self.t = np.random.default_rng(seed), 0
         self.x = self.rng.uniform(-1, 1, (self.num_envs, 2)).astype(np.float32)
         return self.x.copy(), {}
 
-    def step(self, actions):
+    def step(self, actions: np.ndarray) -> tuple:
         assert (actions >= -3).all() and (actions <= 5).all()
         self.x = (self.x + 0.2 * (actions - 1) / 4).astype(np.float32)
         self.t += 1
@@ -63,44 +48,45 @@ class PointEnv(VectorEnv):
         return self.x.copy(), rewards, np.zeros(self.num_envs, dtype=bool), done, infos
 
 
-def make_vec(env_id, num_envs, agent_obsk, num_threads):
-    return PointEnv(num_envs)
-"""
+def use(monkeypatch: pytest.MonkeyPatch, mode: AutoresetMode = AutoresetMode.SAME_STEP) -> None:
+    """Make `import toy` find it."""
+    toy = SimpleNamespace(Partition=SimpleNamespace, make_vec=lambda env_id, num_envs, *_: PointEnv(num_envs, mode))
+    monkeypatch.setitem(sys.modules, "toy", toy)
 
 
-def run(folder: Path, script: Path, *flags: object, toy: str = TOY) -> subprocess.CompletedProcess:
-    """Run a copy of a script with `import toy as envs` in the place of `import envs`."""
+@pytest.fixture
+def copy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a script with `import toy as envs` in the place of `import envs`, in the working directory."""
+    use(monkeypatch)
+    script = ROOT / f"{request.param}.py"
     text = script.read_text()
     assert text.count("\nimport envs\n") == 1
-    (folder / script.name).write_text(text.replace("\nimport envs\n", "\nimport toy as envs\n"))
-    (folder / "toy.py").write_text(toy)
-    flags = [*FLAGS, *(MADDPG if "maddpg" in script.stem else []), *map(str, flags)]
-    command = [sys.executable, script.name, *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    (tmp_path / script.name).write_text(text.replace("\nimport envs\n", "\nimport toy as envs\n"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / script.name
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_copied_script_trains_and_resumes(script: Path, tmp_path: Path):
+@pytest.mark.parametrize("copy", SCRIPTS, indirect=True)
+def test_a_copied_script_trains_and_resumes(copy: Path, capsys: pytest.CaptureFixture):
     """It learns, and goes on in new episodes, which it says once; the log has returns and lengths of episodes."""
-    done = run(tmp_path, script, "--total-timesteps", 8000, "--run-dir", "run")
-    assert done.returncode == 0, done.stderr
-    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    flags = f"{FLAGS} {MADDPG if 'maddpg' in copy.stem else ''}".split()
+    command_line(copy, *flags, "--total-timesteps", 5000, "--run-dir", "run")
+    log = EventAccumulator("run").Reload()
     evals = [event.value for event in log.Scalars("eval/episodic_return")]
-    assert evals[-1] > -4  # doing nothing has 20 steps * 2 axes * E[x^2] = -13.3
+    assert evals[-1] > -6  # doing nothing has 20 steps * 2 axes * E[x^2] = -13.3
     assert {event.value for event in log.Scalars("charts/episodic_length")} == {20.0}
     assert -900 < min(event.value for event in log.Scalars("charts/episodic_return")) < 0
 
-    done = run(tmp_path, script, "--resume", "run", "--total-timesteps", 10_000)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("this environment has no get_state: new episodes start here") == 1
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 10_000
+    capsys.readouterr()
+    command_line(copy, "--resume", "run", "--total-timesteps", 5400)
+    assert capsys.readouterr().out.count("this environment has no get_state: new episodes start here") == 1
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 5400
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_next_step_autoreset_is_refused(script: Path, tmp_path: Path):
+@pytest.mark.parametrize("copy", SCRIPTS, indirect=True)
+def test_next_step_autoreset_is_refused(copy: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """It would make every last step of an episode wrong: one line, and nothing on disk."""
-    toy = TOY.replace("AutoresetMode.SAME_STEP", "AutoresetMode.NEXT_STEP")
-    done = run(tmp_path, script, "--run-dir", "run", toy=toy)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: the vector environment's autoreset_mode must be SAME_STEP")
-    assert not (tmp_path / "run").exists()
+    use(monkeypatch, AutoresetMode.NEXT_STEP)
+    error = error_of(capsys, 2, copy, *FLAGS.split(), "--run-dir", "run")
+    assert error.startswith("error: the vector environment's autoreset_mode must be SAME_STEP")
+    assert not Path("run").exists()

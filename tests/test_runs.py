@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import ROOT, SMALL, run, train
+from test_scripts import ROOT, SMALL, command_line, error_of, train
 
 import envs
 
@@ -26,6 +25,7 @@ pytestmark = pytest.mark.slow  # whole runs and processes
 
 ITERATION = 128  # environment steps, with the flags of SMALL and in `train`
 TIMES = {"charts/SPS"}
+HAPPO = ROOT / "happo_mamujoco.py"
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -95,16 +95,17 @@ def test_environments_go_on_from_their_state(env_id: str):
         envs.make_vec(env_id, 2).set_state(state)
 
 
-@pytest.mark.parametrize("env_id", ["Ant-4x2", "Hopper-3x1"])
-def test_resumed_run_is_the_uninterrupted_one(script: ModuleType, env_id: str, tmp_path: Path):
+@pytest.mark.parametrize(("env_id", "eval_episodes"), [("Ant-4x2", 0), ("Hopper-3x1", 2)])  # an Ant plays long
+def test_resumed_run_is_the_uninterrupted_one(script: ModuleType, env_id: str, eval_episodes: int, tmp_path: Path):
     """The whole state after 3 + 3 iterations is that after 6, bit for bit, and so is every point of the log."""
-    total = {"total_timesteps": 6 * ITERATION, "eval_episodes": 2, "eval_interval": 300, "anneal_lr": False}
+    total = {"total_timesteps": 6 * ITERATION, "eval_episodes": eval_episodes, "eval_interval": 300}
     train(script, tmp_path / "whole", env_id=env_id, **total)
     train(script, tmp_path / "parts", env_id=env_id, **total | {"total_timesteps": 3 * ITERATION})
     resume(script, tmp_path / "parts", total_timesteps=6 * ITERATION)
     assert differences(newest(tmp_path / "whole"), newest(tmp_path / "parts")) == []
     whole, parts = scalars(tmp_path / "whole"), scalars(tmp_path / "parts")
-    assert len(whole["losses/value_loss"]) == 6 and len(whole["eval/episodic_return"]) == 3
+    assert len(whole["losses/value_loss"]) == 6
+    assert not eval_episodes or len(whole["eval/episodic_return"]) == 3
     # The first part ended, so it was evaluated there too.
     for tag in [tag for tag in parts if tag.startswith("eval/")]:
         parts[tag] = [point for point in parts[tag] if point[0] != 3 * ITERATION or point in whole[tag]]
@@ -115,16 +116,16 @@ def test_killed_run_resumes_without_a_trace(tmp_path: Path):
     """A run killed between two checkpoints: the log of the resumed one has each point once (tests/kill.py does 60)."""
     import mappo_mamujoco as script
 
-    total = ["--total-timesteps", 40 * ITERATION, "--checkpoint-interval", 7 * ITERATION]
-    assert run(script, *SMALL, *total, "--run-dir", tmp_path / "whole").returncode == 0
-    command = [sys.executable, script.__file__, *SMALL, *map(str, total), "--run-dir", str(tmp_path / "killed")]
+    flags = [*SMALL, "--total-timesteps", str(40 * ITERATION), "--checkpoint-interval", str(7 * ITERATION)]
+    command_line(script, *flags, "--run-dir", tmp_path / "whole")
+    command = [sys.executable, script.__file__, *flags, "--run-dir", str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint.pt").exists():
         time.sleep(0.01)
     process.kill()
     process.wait()
     assert newest(tmp_path / "killed")["step"] < 40 * ITERATION
-    assert run(script, "--resume", tmp_path / "killed").returncode == 0
+    command_line(script, "--resume", tmp_path / "killed")
     assert differences(newest(tmp_path / "whole"), newest(tmp_path / "killed")) == []
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "killed")
 
@@ -154,30 +155,13 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def command_line(*args: object) -> None:
-    """HAPPO's command line, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["happo_mamujoco.py", *map(str, args)])
-        runpy.run_path(str(ROOT / "happo_mamujoco.py"), run_name="__main__")
-
-
-def error_of(capsys: pytest.CaptureFixture, code: int, *args: object) -> str:
-    """Run HAPPO's command line; it must exit with `code` and one line, or tyro's box, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        command_line(*args)
-    error = capsys.readouterr().err
-    assert stop.value.code == code and "Traceback" not in error
-    assert (error.startswith("error: ") and error.count("\n") == 1) or "For full helptext" in error
-    return error
-
-
 def test_a_torn_checkpoint_is_refused(copied: Path, capsys: pytest.CaptureFixture):
     """Half a file, an empty one, one with a hole: one line, and nothing is touched."""
     file = copied / "checkpoint.pt"
     whole = file.read_bytes()
     for torn in (whole[: len(whole) // 2], b"", whole[:1000] + bytes(1000) + whole[2000:]):
         file.write_bytes(torn)
-        error = error_of(capsys, 2, "--resume", copied, "--total-timesteps", 6 * ITERATION)
+        error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 6 * ITERATION)
         assert f"--resume {copied}: no checkpoint can be read there" in error
         assert file.read_bytes() == torn
 
@@ -192,14 +176,14 @@ def test_foreign_checkpoints_are_refused(copied: Path, tmp_path: Path, capsys: p
 
     original = newest(copied)
     torch.save({"script": "happo_mamujoco", "args": Hostile()}, file)
-    assert "no checkpoint can be read there" in error_of(capsys, 2, "--resume", copied)
+    assert "no checkpoint can be read there" in error_of(capsys, 2, HAPPO, "--resume", copied)
     assert not bait.exists()
     torch.load(file, weights_only=False)  # the bait works
     assert bait.exists()
     torch.save(original | {"script": "mappo_mamujoco"}, file)
-    assert "mappo_mamujoco.py made it" in error_of(capsys, 2, "--resume", copied)
+    assert "mappo_mamujoco.py made it" in error_of(capsys, 2, HAPPO, "--resume", copied)
     for nothing in (tmp_path, tmp_path / "nowhere"):
-        assert f"--resume {nothing}: no checkpoint can be read there" in error_of(capsys, 2, "--resume", nothing)
+        assert f"--resume {nothing}: no checkpoint can be read there" in error_of(capsys, 2, HAPPO, "--resume", nothing)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +203,7 @@ def test_what_cannot_go_on_is_refused(copied: Path, flags: list, message: str, c
     """And nothing in the run's directory changes."""
     monkeypatch.chdir(ROOT)
     before = {file: file.read_bytes() for file in copied.iterdir()}
-    error = error_of(capsys, 2, "--resume", copied, "--total-timesteps", 9999, *flags)
+    error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 9999, *flags)
     assert message in " ".join(error.replace("│", " ").split())
     assert {file: file.read_bytes() for file in copied.iterdir()} == before
 
@@ -231,7 +215,7 @@ def test_flags_beside_resume_replace_the_runs(copied: Path, tmp_path: Path):
     torch.save(checkpoint, file)
     other = tmp_path / "other"
     before = {file: file.read_bytes() for file in copied.glob("*.pt")}
-    command_line("--resume", copied, "--total-timesteps", 768, "--learning-rate", 1e-5, "--run-dir", other)
+    command_line(HAPPO, "--resume", copied, "--total-timesteps", 768, "--learning-rate", 1e-5, "--run-dir", other)
     assert {file: file.read_bytes() for file in copied.glob("*.pt")} == before  # --run-dir: the old run stays
     assert newest(other)["args"]["hidden_sizes"] == (16, 16) and newest(other)["args"]["share_param"] is False
     rates = scalars(other)["charts/learning_rate"]
@@ -255,11 +239,11 @@ def test_a_directory_has_one_run_at_a_time(copied: Path, capsys: pytest.CaptureF
     )
     holder = subprocess.Popen([sys.executable, "-c", program, copied / "lock"], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    error = error_of(capsys, 2, "--resume", copied, "--total-timesteps", 5 * ITERATION)
+    error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 5 * ITERATION)
     assert f"--run-dir {copied} is taken" in error
     holder.kill()
     holder.wait()
-    command_line("--resume", copied, "--total-timesteps", 5 * ITERATION)
+    command_line(HAPPO, "--resume", copied, "--total-timesteps", 5 * ITERATION)
     assert newest(copied)["step"] == 5 * ITERATION
 
 
@@ -436,7 +420,7 @@ def test_read_only_disk_is_one_line(copied: Path, capsys, monkeypatch: pytest.Mo
 
     before = {file: file.read_bytes() for file in copied.glob("*.pt")}
     monkeypatch.setattr(torch, "save", read_only)
-    error = error_of(capsys, 1, "--resume", copied, "--total-timesteps", 5 * ITERATION)
+    error = error_of(capsys, 1, HAPPO, "--resume", copied, "--total-timesteps", 5 * ITERATION)
     assert error == f"error: [Errno 30] Read-only file system: '{copied}'; {copied} has what was saved before\n"
     assert {file: file.read_bytes() for file in copied.glob("*.pt")} == before
 

@@ -335,11 +335,11 @@ def test_step_is_built_from_gradient_and_damped_fisher_matrix(ent_coef, stride, 
 
 
 def test_no_step_ever_leaves_the_trust_region():
-    """Two thousand random problems: KL within the radius, gain as promised, or nothing changed to the last bit."""
+    """Six hundred random problems: KL within the radius, gain as promised, or nothing changed to the last bit."""
     rng = np.random.default_rng(0)
     outcomes = {0: 0, 1: 0}
     actors = [make_actor(0, obs_dim=2, act_dim=act_dim, hidden_sizes=(3,)) for act_dim in (1, 2)]
-    for seed in range(2000):
+    for seed in range(600):
         actor = randomize(actors[seed % 2], torch.Generator().manual_seed(seed))
         with torch.no_grad():
             actor.theta[-actor.act_dim :].add_(float(rng.choice([-2, 0, 1])))
@@ -371,7 +371,7 @@ def test_no_step_ever_leaves_the_trust_region():
         promised = args.accept_ratio * args.backtrack_coeff ** int(stats["backtracks"]) * stats["expected_gain"]
         assert promised > 0
         assert gain >= promised * (1 - 1e-6) - noise
-    assert min(outcomes.values()) > 200
+    assert min(outcomes.values()) > 60
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
