@@ -113,7 +113,7 @@ def test_resumed_run_is_the_uninterrupted_one(script: ModuleType, env_id: str, e
 
 
 def test_killed_run_resumes_without_a_trace(tmp_path: Path):
-    """A run killed between two checkpoints: the log of the resumed one has each point once (tests/kill.py does 60)."""
+    """A run killed between two checkpoints: the log of the resumed one has each point once (tests/kill.py does 100)."""
     import mappo_mamujoco as script
 
     flags = [*SMALL, "--total-timesteps", str(40 * ITERATION), "--checkpoint-interval", str(7 * ITERATION)]

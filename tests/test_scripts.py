@@ -43,8 +43,9 @@ def error_of(capsys: pytest.CaptureFixture, code: int, script: ModuleType | Path
     """Run the command line; it must exit with `code` and one line, or tyro's box, which is returned."""
     with pytest.raises(SystemExit) as stop:
         command_line(script, *flags)
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert stop.value.code == code and "Traceback" not in error
+    assert code == 1 or out == ""  # bad input is refused before anything begins
     assert (error.startswith("error: ") and error.count("\n") == 1) or "For full helptext" in error
     return error
 
