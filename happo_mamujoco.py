@@ -368,7 +368,7 @@ def happo_update(
             for mb in minibatches(len(advantages), args.num_minibatches, generator):
                 batch = obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb]
                 loss, logratio, _ = ppo_loss(actors[i], *batch, args.clip_coef, args.ent_coef)
-                joint = joint_logratio[mb] + logratio  # of the agents so far, who all push the same rows
+                joint = joint_logratio[mb] + logratio.detach()  # of the agents so far, who all push the same rows
                 if (joint.exp() - 1 - joint).mean() > radius:  # k3 of the joint policy: M / A is exp(joint)
                     continue
                 optimizer.zero_grad()  # of all: Adam leaves those without a gradient alone
