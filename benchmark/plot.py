@@ -97,8 +97,11 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 def record(runs: Directory, results: Directory) -> None:
-    """Write the CSV of each run below a directory, and all their descriptions; a usage error if there are none."""
-    described = []
+    """Write the CSV of each run below a directory and its description, beside those of earlier runs that are there.
+
+    A usage error if there are no runs.
+    """
+    described = {}
     for path in sorted(runs.glob("*.jsonl")):
         run_dir = path.with_suffix("")
         try:
@@ -115,11 +118,13 @@ def record(runs: Directory, results: Directory) -> None:
             rows = zip(*columns.values(), strict=True)
             writer.writerows([f"{x:.0f}" if i == 0 else f"{x:.6g}" for i, x in enumerate(row)] for row in rows)
         starts = [json.loads(line) for line in path.read_text().splitlines()]
-        described.append({"run": run_dir.name, "starts": len(starts)} | starts[-1])
+        described[run_dir.name] = json.dumps({"run": run_dir.name, "starts": len(starts)} | starts[-1])
     if not described:
         usage_error(f"{runs} has no runs with a log")
-    (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in described))
-    print(f"{len(described)} runs recorded in {results}")
+    lines = results.joinpath("runs.jsonl").read_text().splitlines() if (results / "runs.jsonl").exists() else []
+    described = {json.loads(line)["run"]: line for line in lines} | described
+    (results / "runs.jsonl").write_text("".join(line + "\n" for _, line in sorted(described.items())))
+    print(f"{len(described)} runs are recorded in {results}")
 
 
 def load(results: Path) -> dict[tuple[str, str], list[Run]]:
@@ -194,16 +199,15 @@ def table(results: Directory) -> None:
     """
     with open(Path(__file__).with_name("published.csv"), newline="") as f:
         published = {(row["task"], row["algorithm"], row["source"]): row["return"] for row in csv.DictReader(f)}
-    print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps | steps/s | hours ", end="")
-    print("| ICLR 2022, 10M steps, v2 | HARL, 10M steps, v2 |\n" + "|---" * 11 + "|")
+    print("| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps ", end="")
+    print("| ICLR 2022, 10M steps, v2 | HARL, 10M steps, v2 |\n" + "|---" * 9 + "|")
     for (env_id, algorithm), runs in load(results).items():
-        scores, words = final_returns(runs), "0 | not evaluated yet" + " |" * 5
+        scores, words = final_returns(runs), "0 | not evaluated yet" + " |" * 3
         if len(scores):
             low, high = confidence_interval(scores)
-            steps, seconds = (np.array([run.columns[name][-1] for run in runs]) for name in ("step", "seconds"))
+            steps = np.median([run.columns["step"][-1] for run in runs])
             words = f"{len(scores)} | {scores.mean():.0f} | {interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})"
-            words += f" | {scores.min():.0f}, {scores.max():.0f} | {np.median(steps):,.0f} | "
-            words += f"{np.median(steps / seconds):.0f} | {np.median(seconds) / 3600:.2f}"
+            words += f" | {scores.min():.0f}, {scores.max():.0f} | {steps:,.0f}"
         paper, harl = (published.get((env_id, algorithm, source), "") for source in ("ICLR 2022", "HARL"))
         print(f"| {env_id} | {algorithm.upper()} | {words} | {paper} | {harl} |")
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,15 +162,29 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert [path.name for path in results.glob("*.csv")] == ["Ant-4x2__happo__1.csv"]
     plot.table(results)
-    assert (
-        capsys.readouterr().out.splitlines()[2]
-        == "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | | | 1920 | 5800 to 5900 |"
-    )
+    line = "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | 1920 | 5800 to 5900 |"
+    assert capsys.readouterr().out.splitlines()[2] == line
     before = (results / "runs.jsonl").read_text()
     with pytest.raises(SystemExit, match="2"):
         plot.record(tmp_path / "mistyped", results)
     assert capsys.readouterr().err == f"error: {tmp_path}/mistyped has no runs with a log\n"
     assert (results / "runs.jsonl").read_text() == before
+
+
+def test_earlier_records_stay(tmp_path: Path):
+    """Runs of another day are recorded beside the earlier ones; the same run again takes its own place."""
+    for name, commit in (("Ant-4x2__happo__2", "1st"), ("Ant-4x2__happo__1", "2nd"), ("Ant-4x2__happo__2", "3rd")):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # of another machine
+        (tmp_path / "runs").mkdir()
+        write_log(tmp_path / "runs" / name, 0, 10_000)
+        (tmp_path / "runs" / f"{name}.jsonl").write_text(json.dumps({"commit": commit}))
+        plot.record(tmp_path / "runs", tmp_path / "results")
+    described = map(json.loads, (tmp_path / "results" / "runs.jsonl").read_text().splitlines())
+    assert [(line["run"], line["commit"]) for line in described] == [
+        ("Ant-4x2__happo__1", "2nd"),
+        ("Ant-4x2__happo__2", "3rd"),
+    ]
+    assert len(plot.load(tmp_path / "results")["Ant-4x2", "happo"]) == 2
 
 
 def test_a_kill_in_mid_write(tmp_path: Path):
@@ -207,15 +222,14 @@ def test_table(recorded: Path, capsys: pytest.CaptureFixture):
     """The table has the numbers of the records."""
     capsys.readouterr()
     plot.table(recorded)
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[2] == "| Ant-4x2 | HAPPO | 3 | 82 | 82 (81 to 83) | 81, 83 | 40,000 | 1000 | 0.01 | 1920 | 5800 to 5900 |"
-    )
-    assert lines[3] == "| Ant-4x2 | MAPPO | 3 | 182 | 182 (181 to 183) | 181, 183 | 40,000 | 1000 | 0.01 | 775 | 5800 |"
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| Ant-4x2 | HAPPO | 3 | 82 | 82 (81 to 83) | 81, 83 | 40,000 | 1920 | 5800 to 5900 |",
+        "| Ant-4x2 | MAPPO | 3 | 182 | 182 (181 to 183) | 181, 183 | 40,000 | 775 | 5800 |",
+    ]
     path = recorded / "Ant-4x2__mappo__1.csv"
     path.rename(recorded / "Ant-4x2__mappo-shared__1.csv")
     plot.table(recorded)
-    assert capsys.readouterr().out.splitlines()[4].endswith(" | 0.01 |  |  |")  # nothing is published of it
+    assert capsys.readouterr().out.splitlines()[4].endswith(" | 40,000 |  |  |")  # nothing is published of it
 
 
 def test_published_returns_are_of_known_tasks():
