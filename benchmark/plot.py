@@ -1,11 +1,11 @@
 """From runs to small CSV files, and from these to figures, tables and comparisons.
 
-    python benchmark/plot.py record runs/halfcheetah benchmark/results/halfcheetah  # TensorBoard logs to CSV
-    python benchmark/plot.py figure benchmark/results/halfcheetah                   # writes figure.png, hours.png there
-    python benchmark/plot.py table benchmark/results/halfcheetah                    # prints Markdown
+    python benchmark/plot.py record runs/figure3 benchmark/results/figure3          # TensorBoard logs to CSV
+    python benchmark/plot.py figure benchmark/results/figure3                       # writes figure.png, hours.png there
+    python benchmark/plot.py table benchmark/results/figure3                        # prints Markdown
     python benchmark/plot.py aggregate benchmark/results/figure3                    # over tasks; the same
-    python benchmark/plot.py compare benchmark/results/halfcheetah MY_RESULTS       # do mine differ from the reference?
-    python benchmark/plot.py seconds benchmark/results/halfcheetah --env-id HalfCheetah-6x1 --target 3000
+    python benchmark/plot.py compare benchmark/results/figure3 MY_RESULTS           # do mine differ from the reference?
+    python benchmark/plot.py seconds benchmark/results/figure3 --env-id HalfCheetah-6x1 --target 3000
     python benchmark/plot.py models runs/figure3 benchmark/results/figure3 models   # copies the best ones
 
 A run is a directory <env id>__<algorithm>__<seed>, beside which run.py wrote its starts (.jsonl); its record is the CSV

@@ -1,8 +1,8 @@
 """Run the jobs of a figure: algorithms x environments x seeds, several at a time, resuming what is unfinished.
 
-    python benchmark/run.py benchmark/halfcheetah.toml                          # here, a job per core
-    python benchmark/run.py benchmark/halfcheetah.toml --slurm cpu --workers 64 # on a cluster, in the partition "cpu"
-    python benchmark/run.py benchmark/halfcheetah.toml --algorithms happo --compare benchmark/results/halfcheetah
+    python benchmark/run.py benchmark/figure3.toml                              # here, a job per core
+    python benchmark/run.py benchmark/figure3.toml --slurm cpu --workers 64     # on a cluster, in the partition "cpu"
+    python benchmark/run.py benchmark/figure3.toml --algorithms happo --compare benchmark/results/figure3
 
 Runs go to runs/<job file>/<env id>__<algorithm>__<seed>; beside each are its output (.log), and a line of command,
 commit, versions and machine per start (.jsonl). The same command again skips what is finished, resumes what has a

@@ -568,12 +568,12 @@ def test_bad_job_files_are_one_line(tmp_path: Path, text: str, message: str, cap
     assert not (tmp_path / "job").exists()
 
 
-@pytest.mark.parametrize("name", ["halfcheetah", "walker_ant", "figure3", "figure4"])
+@pytest.mark.parametrize("name", ["walker_ant", "figure3", "figure4"])
 def test_job_files_are_understood(name: str, tmp_path: Path):
     """Every job of the published figures has flags that its script understands, and another directory."""
     job_file = ROOT / "benchmark" / f"{name}.toml"
     jobs = runner.read_jobs(job_file, tmp_path)
-    sizes = {"halfcheetah": 5 * 3, "walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 3, "figure4": 6 * 3 * 3}
+    sizes = {"walker_ant": 3 * 2 * 3, "figure3": 5 * 12 * 3, "figure4": 6 * 3 * 3}
     assert len({job.run_dir for job in jobs}) == len(jobs) == sizes[name]
     for job in jobs:
         algorithm = Path(job.command[0]).stem.split("_")[0]

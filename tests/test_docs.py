@@ -48,7 +48,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory like the project's, to write to: with the records, and a run of HAPPO of 64 steps in RUN_DIR."""
     directory = tmp_path_factory.mktemp("workplace")
     shutil.copytree(ROOT / "benchmark", directory / "benchmark")
-    shutil.copytree(ROOT / "benchmark" / "results" / "halfcheetah", directory / "my_results")
+    shutil.copytree(ROOT / "benchmark" / "results" / "figure3", directory / "my_results")
     happo = importlib.import_module("happo_mamujoco")
     small = {key: value for key, value in SMALL.items() if key in {field.name for field in fields(happo.Args)}}
     happo.main(happo.Args(**small, env_id="Hopper-3x1", run_dir=str(directory / "RUN_DIR")))
