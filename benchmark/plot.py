@@ -245,20 +245,25 @@ def models(runs: Directory, results: Directory, directory: Directory) -> None:
     print(f"{total:,} bytes in all")
 
 
-def aggregate(results: Directory) -> None:
-    """Print what Agarwal et al. (2021, arXiv 2108.13264) take over tasks, of the runs' last evaluations.
+def aggregate(results: Directory, algorithms: tuple[str, ...] = ()) -> None:
+    """Print what Agarwal et al. (2021, arXiv 2108.13264) take over tasks, of the last evaluations of all `algorithms`.
 
     For the interquartile mean, 0 and 1 are the lowest and the highest of a task's recorded runs. Their `rliable` 1.2.0
     does the same, but the `arch` that it needs cannot be imported beside pandas 3.
     """
     groups = load(results)
     scores = {key: final_returns(runs) for key, runs in groups.items() if len(final_returns(runs))}
-    env_ids, names = list(dict.fromkeys(key[0] for key in scores)), sorted({key[1] for key in scores}, key=rank)
-    common = [env_id for env_id in env_ids if all((env_id, name) in scores for name in names)]
-    if not common:
-        usage_error(f"{results} has no task on which all its algorithms were evaluated")
+    env_ids = list(dict.fromkeys(env_id for env_id, _ in scores))
+    names = sorted(algorithms or {algorithm for _, algorithm in scores}, key=rank)
+
+    def with_equal_seeds(*names: str) -> list[str]:  # and more than one
+        seeds = {env_id: [len(scores.get((env_id, name), ())) for name in names] for env_id in env_ids}
+        return [env_id for env_id, (first, *others) in seeds.items() if first > 1 and {first} >= set(others)]
+
+    if not (common := with_equal_seeds(*names)):
+        usage_error(f"{results} has no task with equally many evaluated seeds, two or more, of {', '.join(names)}")
     every = {env_id: np.concatenate([scores[env_id, name] for name in names]) for env_id in common}
-    print(f"Over {len(common)} of {len(env_ids)} tasks, those with all algorithms: {', '.join(common)}.")
+    print(f"Over {len(common)} of {len(env_ids)} tasks, those with equally many seeds of all: {', '.join(common)}.")
     print("Scores: last evaluations, scaled per task: of all its runs the lowest has 0 and the highest 1.\n")
     print("| algorithm | runs | median steps | IQM (95% interval) |\n|---|---|---|---|")
     for name in names:
@@ -269,7 +274,7 @@ def aggregate(results: Directory) -> None:
         print(f"| {name.upper()} | {words} |")
     print("\n| | tasks with both | probability of improvement (95% interval) |\n|---|---|---|")
     for x, y in PAIRS + [(name, name.split("-")[0]) for name in names if "-" in name]:
-        if tasks := [(scores[e, x], scores[e, y]) for e in env_ids if {(e, x), (e, y)} <= scores.keys()]:
+        if tasks := [(scores[e, x], scores[e, y]) for e in with_equal_seeds(x, y)]:
             p, low, high = improvement(tasks)
             print(f"| {x.upper()} over {y.upper()} | {len(tasks)} | {p:.2f} ({low:.2f} to {high:.2f}) |")
 

@@ -329,11 +329,13 @@ def test_figure_of_twelve_tasks_is_small(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Scores are scaled by a task's extremes; a task that one algorithm lacks counts only for pairs that have it."""
+    """Scores are scaled by a task's extremes; a task counts for the algorithms and pairs with equally many seeds."""
     returns = {
         "Ant-4x2": {"happo": [0, 50, 100], "mappo": [40, 60, 20], "happo-shared": [10, 10, 30]},
         "Walker2d-2x3": {"happo": [300, 300, 300], "mappo": [300, 300, 300], "happo-shared": [300, 300, 300]},
         "Humanoid-17x1": {"happo": [900, 800], "mappo": [100, 850]},
+        "Ant-8x1": {"happo": [1, 2, 3], "mappo": [4], "happo-shared": [5, 6, 7]},
+        "Ant-2x4": {"happo": [1], "mappo": [4], "happo-shared": [5]},
     }
     for env_id, algorithms in returns.items():
         for algorithm, scores in algorithms.items():
@@ -342,7 +344,7 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
                 write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", {10_000: score}, 10_000 * (seed + 1))
     plot.aggregate(tmp_path)
     out = capsys.readouterr().out
-    assert out.startswith("Over 2 of 3 tasks, those with all algorithms: Ant-4x2, Walker2d-2x3.")
+    assert out.startswith("Over 2 of 5 tasks, those with equally many seeds of all: Ant-4x2, Walker2d-2x3.")
     cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in out.splitlines()}
     # Of six scores the middle four: of 0, 0, 0, 0, 0.5, 1 they are 0, 0, 0, 0.5.
     for name, mean in (("HAPPO", 0.125), ("HAPPO-SHARED", 0.05), ("MAPPO", (0.2 + 0.4) / 4)):
@@ -350,12 +352,17 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
         assert float(cells[f"| {name}"][2].split()[0]) == pytest.approx(mean, abs=0.006)
     assert cells["| HAPPO over MAPPO"][0] == "3"
     assert cells["| HAPPO over MAPPO"][1].startswith(f"{np.mean([5 / 9, 1 / 2, 3 / 4]):.2f} (")
-    assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["2"] and "| HATRPO over HAPPO" not in cells
+    assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["3"] and "| HATRPO over HAPPO" not in cells
+    plot.aggregate(tmp_path, ("happo", "mappo"))
+    assert capsys.readouterr().out.startswith("Over 3 of 5 tasks, those with equally many seeds of all: Ant-4x2, Walk")
     for path in tmp_path.glob("*__mappo__*"):
         path.rename(path.with_name(path.name.replace("mappo", "ippo").replace("Ant", "Reacher").replace("Walk", "Run")))
     with pytest.raises(SystemExit, match="2"):
         plot.aggregate(tmp_path)
-    assert "has no task on which all its algorithms were evaluated" in capsys.readouterr().err
+    assert "two or more, of happo, happo-shared, ippo\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        plot.aggregate(tmp_path, ("happo", "hatrpo"))
+    assert "of hatrpo, happo\n" in capsys.readouterr().err
 
 
 def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
