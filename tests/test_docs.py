@@ -91,8 +91,9 @@ def test_commands_run(command: str, workplace: Path, monkeypatch: pytest.MonkeyP
             plot.main()
         assert not end.value.code
         lines = capsys.readouterr().out.splitlines()
-        if flags[0] == "table":
-            assert len(lines) > 2 and all(line in page for line in lines if not line.startswith("|---"))
+        if flags[0] in ("table", "aggregate"):
+            rows = [line for line in lines if line.startswith("| ")]
+            assert len(rows) > 1 and all(row in page for row in rows)
         elif flags[0] == "seconds":
             assert lines and all(line.split(": ")[1].removeprefix("-") in page for line in lines)
 
@@ -107,13 +108,25 @@ def test_readme_has_the_recorded_returns():
         if directory.is_dir():
             records |= plot.load(directory)
     checked = 0
-    for name, *cells in rows:
-        for task, cell in zip(header[1:], cells, strict=True):
+    for task, *cells in rows:
+        for name, cell in zip(header[1:], cells, strict=True):
             if cell:
                 scores = plot.final_returns(records[task, name.lower()])
                 assert cell == f"{np.mean(scores):.0f} ({min(scores):.0f} to {max(scores):.0f})"
                 checked += 1
-    assert checked >= 9
+    assert checked >= 13
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/zh.md"])
+def test_the_finding_is_what_the_records_say(page: str, capsys: pytest.CaptureFixture):
+    """Both pages have the probabilities that one algorithm is above another, with their intervals."""
+    plot.aggregate(ROOT / "benchmark/results/figure3", ("hatrpo", "happo", "mappo", "ippo"))
+    rows = capsys.readouterr().out.splitlines()
+    for pair in ("HATRPO over HAPPO", "HAPPO over MAPPO"):
+        (row,) = [row for row in rows if row.startswith(f"| {pair} |")]
+        probability, low, high = re.findall(r"[01]\.\d\d", row)
+        words = (ROOT / page).read_text()
+        assert re.search(rf"{probability}.{{1,15}}{low}.{{1,4}}{high}\D", words, re.DOTALL)
 
 
 def test_readme_shows_the_diff():

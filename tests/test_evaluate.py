@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_the_score_is_that_of_the_script(name: str, env_id: str, flags: dict, tm
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmark/models").glob("*.pt")), ids=lambda path: path.stem)
 def test_trained_models_have_their_recorded_score(path: Path, capsys: pytest.CaptureFixture):
-    """That of the best seed's last evaluation in figure 3; another machine may add up in another order."""
+    """That of the best seed's last evaluation in figure 3; another machine adds up in another order, so nearly."""
     algorithm, env_id = path.stem.split("-", 1)
     records = (ROOT / "benchmark/results/figure3").glob(f"{env_id}__{algorithm}__*.csv")
     score, seed = max(
@@ -120,8 +121,9 @@ def test_trained_models_have_their_recorded_score(path: Path, capsys: pytest.Cap
         for file in records
     )
     evaluate.main(Args(path, episodes=20, seed=seed, num_threads=1))
-    start = f"{env_id}, 20 episodes, seed {seed}: return mean "
-    assert float(capsys.readouterr().out.removeprefix(start).split(",")[0]) == pytest.approx(score, rel=0.02)
+    numbers = rf"{env_id}, 20 episodes, seed {seed}: return mean ([-\d.]+), std ([\d.]+)"
+    mean, std = map(float, re.match(numbers, capsys.readouterr().out).groups())
+    assert mean == pytest.approx(score, abs=max(0.02 * score, 4 * std / 20**0.5))
 
 
 @pytest.mark.parametrize("tanh", [False, True])
