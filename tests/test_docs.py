@@ -122,7 +122,7 @@ def test_the_finding_is_what_the_records_say(page: str, capsys: pytest.CaptureFi
     """Both pages have the probabilities that one algorithm is above another, with their intervals."""
     plot.aggregate(ROOT / "benchmark/results/figure3", ("hatrpo", "happo", "mappo", "ippo"))
     rows = capsys.readouterr().out.splitlines()
-    for pair in ("HATRPO over HAPPO", "HAPPO over MAPPO"):
+    for pair in ("HATRPO over HAPPO", "HAPPO over MAPPO", "HAPPO over IPPO"):
         (row,) = [row for row in rows if row.startswith(f"| {pair} |")]
         probability, low, high = re.findall(r"[01]\.\d\d", row)
         words = (ROOT / page).read_text()
