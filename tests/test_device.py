@@ -1,4 +1,4 @@
-"""No GPU is at hand: the scripts run whole on PyTorch's `meta` device, which refuses what a GPU refuses.
+"""CI has no GPU: the scripts run whole on PyTorch's `meta` device, which refuses what a GPU refuses.
 
 A tensor on `meta` has a shape and no data, and does not mix with one on the CPU. So a tensor that the scripts forget to
 put on the device, or a second way between the devices, fails here as it would on a GPU.
