@@ -326,7 +326,7 @@ def figure(results: Directory) -> None:
         fig.supylabel("return of deterministic evaluation", fontsize="medium")
         fig.supxlabel(f"{label}\n(line: mean over {seeds} seeds; band: lowest to highest seed)", fontsize="medium")
         handles, labels = [lines[name] for name in names], [name.upper() for name in names]
-        fig.legend(handles, labels, loc="outside upper center", ncols=3 * columns, frameon=False)
+        fig.legend(handles, labels, loc="outside upper center", ncols=2 * columns, frameon=False)
         fig.savefig(path := results / f"{file}.png")
         Image.open(path).convert("RGB").quantize(128).save(path)  # a third of the bytes
         print(path)
