@@ -117,12 +117,23 @@ def test_readme_has_the_recorded_returns():
     assert checked >= 13
 
 
+FIGURE3 = "HATRPO over HAPPO", "HAPPO over MAPPO", "HAPPO over IPPO"
+FIGURE4 = tuple(f"{name}-{variant} over {name}" for variant in ("SHARED", "FIXED") for name in ("HATRPO", "HAPPO"))
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/zh.md"])
-def test_the_finding_is_what_the_records_say(page: str, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("records", "algorithms", "pairs"),
+    [("figure3", ("hatrpo", "happo", "mappo", "ippo"), FIGURE3), ("figure4", (), FIGURE4)],
+    ids=["figure3", "figure4"],
+)
+def test_the_findings_are_what_the_records_say(
+    page: str, records: str, algorithms: tuple[str, ...], pairs: tuple[str, ...], capsys: pytest.CaptureFixture
+):
     """Both pages have the probabilities that one algorithm is above another, with their intervals."""
-    plot.aggregate(ROOT / "benchmark/results/figure3", ("hatrpo", "happo", "mappo", "ippo"))
+    plot.aggregate(ROOT / "benchmark" / "results" / records, algorithms)
     rows = capsys.readouterr().out.splitlines()
-    for pair in ("HATRPO over HAPPO", "HAPPO over MAPPO", "HAPPO over IPPO"):
+    for pair in pairs:
         (row,) = [row for row in rows if row.startswith(f"| {pair} |")]
         probability, low, high = re.findall(r"[01]\.\d\d", row)
         words = (ROOT / page).read_text()
