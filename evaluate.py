@@ -3,8 +3,8 @@
     python evaluate.py runs/RUN_DIR --episodes 100
     python evaluate.py model.pt --video ant
 
-It imports no training script: a model is plain tensors. For the seed and the episodes of a script's evaluation
-(`--seed 1 --episodes 10` by default there) the score is that of its last one.
+It imports no training script: a model is plain tensors. With the seed and the number of episodes of a
+script's evaluation (`--seed 1 --episodes 10` by default there) the score is that of the last one.
 """
 
 import colorsys
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,9 @@ import tyro
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.vector import VectorEnv
 from PIL import Image, ImageDraw
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import nn
 from tqdm import tqdm
 
 import envs
@@ -31,66 +33,93 @@ from envs.partition import actuated_joints
 from envs.tasks import MujocoVectorEnv
 
 GL_BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
-SIZE, GIF_SIZE, GIF_FPS, GIF_FRAMES = 480, 240, 20, 60  # pixels of mp4 and GIF; the GIF is small, for a README
+SIZE, GIF_SIZE, GIF_FPS, GIF_FRAMES = (
+    480,
+    240,
+    20,
+    60,
+)  # pixels of mp4 and GIF; the GIF is small, for a README
 
 
 @dataclass
 class Args:
     """Command line."""
 
-    path: tyro.conf.Positional[Path]  # a run's directory, or the model.pt in it
-    episodes: int = 40  # how many to play, all at the same time
-    seed: int = 0  # of the start states
-    video: str = ""  # film one of the episodes: VIDEO.mp4, and its first seconds as VIDEO.gif (needs EGL or OSMesa)
-    num_threads: int = 0  # CPU threads for the physics; 0 is one per core
-
-    def __post_init__(self) -> None:
-        """Raise ValueError, which tyro shows, for a value that makes no sense."""
-        for name, low, high in ("episodes", 1, 10**5), ("seed", 0, 2**31), ("num_threads", 0, 2**31):
-            if not low <= (value := getattr(self, name)) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be from {low} to {high}")
+    path: tyro.conf.Positional[Path]
+    """a run's directory, or a checkpoint.pt or model.pt"""
+    episodes: PositiveInt = 40
+    """how many episodes to play, all at the same time"""
+    seed: NonNegativeInt = 0
+    """random seed of the start states"""
+    video: str = ""
+    """film one of the episodes: VIDEO.mp4, and its first seconds as VIDEO.gif (needs EGL or OSMesa)"""
+    num_threads: NonNegativeInt = 0
+    """CPU threads of the physics; 0 is one per core"""
 
 
 class Policy:
-    """All the agents of a model at once, in the arithmetic of the scripts to the last bit."""
+    """All the agents of a model, in the arithmetic of the scripts to the last bit."""
 
     def __init__(self, model: dict[str, Any]) -> None:
-        """Take what a script saved as model.pt. Raises all kinds of errors for anything else."""
-        self.obs_ids, self.act_ids, self.tanh = torch.tensor(model["obs_ids"]), model["act_ids"], model["tanh"]
-        # One product for all agents, or for all rows of the network that they share, as in the scripts: others round
-        # differently in the last bit.
-        shared, agents = model["args"].get("share_param"), model["agents"]
-        self.layers = agents[0] if shared else [torch.stack(tensors) for tensors in zip(*agents, strict=True)]
-        dtype = torch.float32 if self.tanh else torch.float64  # MADDPG normalises what its buffer holds, float32
-        mean, var, _ = map(np.array, model["obs_rms"])
-        self.mean, self.std = (torch.as_tensor(x, dtype=dtype) for x in (mean, np.sqrt(var + 1e-8)))
-        self(np.zeros((1, len(mean))))  # fits together
+        """Take what a script saved; raises whatever another file leads to."""
+        self.obs_ids = [torch.tensor(ids) for ids in model["obs_ids"]]
+        self.act_ids = model["act_ids"]
+        self.nets = [
+            make_net(model["policy"], f"actors.{i}.net.") for i in range(len(self.act_ids))
+        ]
+        self.tanh = "log_std_init" not in model["args"]  # MADDPG's actors end in a tanh
+        self.dtype = torch.float32 if self.tanh else torch.float64  # of the scripts' normalisation
+        mean, var, _ = model["obs_rms"]
+        self.mean = torch.tensor(mean, dtype=self.dtype)
+        self.std = torch.tensor(np.sqrt(np.array(var) + 1e-8), dtype=self.dtype)
+        self(np.zeros((1, len(mean))))  # check that the shapes fit
 
+    @torch.inference_mode()
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Flat observations [B, obs_dim] to the most likely flat actions in [-1, 1], float32 [B, act_dim]."""
-        x = ((torch.as_tensor(obs, dtype=self.mean.dtype) - self.mean) / self.std).clamp(-10, 10).float()
-        x = torch.cat([x, x.new_tensor([0.0, 1.0]).expand(len(x), 2)], dim=-1)  # for padding and one-hot agent ids
-        # [num_agents, B, inputs of an agent]; contiguous, or PyTorch multiplies a shared network agent by agent.
-        x, (*hidden, weight, bias) = x[:, self.obs_ids].movedim(1, 0).contiguous(), self.layers
-        for w, b in zip(hidden[::2], hidden[1::2], strict=True):
-            x = (x @ w + b).relu()
-        x = x @ weight + bias
-        actions = x.new_zeros(len(obs), sum(map(len, self.act_ids)))
-        for ids, mean in zip(self.act_ids, x.tanh() if self.tanh else x, strict=True):
-            actions[:, ids] = mean[:, : len(ids)]  # the networks of agents with fewer actuators have unused outputs
+        """Flat observations [B, obs_dim] to the likeliest actions in [-1, 1], float32 [B, act_dim]."""
+        obs = (torch.as_tensor(obs, dtype=self.dtype) - self.mean) / self.std
+        obs = obs.clamp(-10, 10).float()
+        # A shared actor's obs_ids point to these two constants, for padding and the one-hot agent id.
+        obs = torch.cat([obs, torch.tensor([0.0, 1.0]).expand(len(obs), 2)], dim=1)
+        actions = torch.zeros(len(obs), sum(map(len, self.act_ids)))
+        for net, obs_ids, act_ids in zip(self.nets, self.obs_ids, self.act_ids):
+            actions[:, act_ids] = net(obs[:, obs_ids])
+        if self.tanh:
+            actions = actions.tanh()
         return actions.clamp(-1, 1).numpy()
 
 
-def evaluate(vec: VectorEnv, policy: Policy, seed: int, film: "Film | None" = None) -> tuple[np.ndarray, np.ndarray]:
-    """Play one episode in each environment of `vec`; return their returns and lengths in steps, [num_envs] each."""
-    low, high = vec.single_action_space.low, vec.single_action_space.high
-    obs, _ = vec.reset(seed=seed + 1_000_000)  # as in the scripts: far from the training's seeds
-    returns, lengths, running = np.zeros(vec.num_envs), np.zeros(vec.num_envs), np.ones(vec.num_envs, dtype=bool)
+def make_net(state: dict[str, torch.Tensor], prefix: str) -> nn.Sequential:
+    """Build the network whose layers are `<prefix>0.weight`, `<prefix>0.bias`, `<prefix>2.weight`..."""
+    tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    layers: list[nn.Module] = []
+    for name, weight in tensors.items():
+        if name.endswith("weight"):
+            fan_out, fan_in = weight.shape
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    net = nn.Sequential(*layers[:-1])
+    net.load_state_dict(tensors)
+    return net
+
+
+def evaluate(
+    vec: VectorEnv, policy: Policy, seed: int, film: "Film | None" = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Play one episode in each environment of `vec`; return their returns and lengths [num_envs]."""
+    low = vec.single_action_space.low
+    high = vec.single_action_space.high
+    *_, eval_seed = np.random.SeedSequence(seed).generate_state(3).tolist()  # as in the scripts
+    obs, _ = vec.reset(seed=eval_seed)
+    returns = np.zeros(vec.num_envs)
+    lengths = np.zeros(vec.num_envs)
+    running = np.ones(vec.num_envs, dtype=bool)
     while running.any():
         if film and running[0]:
             film.capture()
-        obs, rewards, terminations, truncations, _ = vec.step((low + high) / 2 + (high - low) / 2 * policy(obs))
-        returns, lengths = returns + running * rewards, lengths + running  # an episode that follows does not count
+        actions = (low + high) / 2 + (high - low) / 2 * policy(obs)
+        obs, rewards, terminations, truncations, _ = vec.step(np.clip(actions, low, high))
+        returns += running * rewards  # an episode that follows does not count
+        lengths += running
         running &= ~(terminations | truncations)
     return returns, lengths
 
@@ -106,7 +135,10 @@ def paint(model: mujoco.MjModel, partition: envs.Partition) -> np.ndarray:
     of its own.
     """
     hues = np.arange(partition.num_agents) / partition.num_agents  # as far apart as can be
-    colors, agents_of = np.array([colorsys.hsv_to_rgb(hue, 0.85, 0.95) for hue in hues]), defaultdict(list)
+    colors, agents_of = (
+        np.array([colorsys.hsv_to_rgb(hue, 0.85, 0.95) for hue in hues]),
+        defaultdict(list),
+    )
     for agent, actuators in enumerate(partition.act_ids):
         for body in model.jnt_bodyid[actuated_joints(model)[actuators]]:
             agents_of[body].append(agent)
@@ -125,7 +157,9 @@ def find_gl_backend() -> str:
     for name in names:
         # In a process of its own: a failed attempt leaves OpenGL half loaded.
         program = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
-        if not subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode:
+        if not subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, check=False
+        ).returncode:
             return name
     raise RuntimeError(f"{' and '.join(names)} cannot draw here: apt install libegl1 or libosmesa6")
 
@@ -143,11 +177,15 @@ class Film:
         if taken := [path for path in self.paths if path.exists()]:
             raise FileExistsError(f"{taken[0]} exists already")
         self.base = vec.unwrapped
-        self.env = self.base.env if isinstance(self.base, MujocoVectorEnv) else self.base.envs[0].unwrapped
+        self.env = (
+            self.base.env if isinstance(self.base, MujocoVectorEnv) else self.base.envs[0].unwrapped
+        )
         self.colors = paint(self.env.model, vec.partition)
         os.environ["MUJOCO_GL"] = find_gl_backend()
         config, model = self.env.mujoco_renderer.default_cam_config, self.env.model
-        tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0  # follows a robot that walks
+        tracks = (
+            mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0
+        )  # follows a robot that walks
         camera = {"camera_name": "track"} if tracks else {}
         try:
             self.renderer = MujocoRenderer(model, self.env.data, config, SIZE, SIZE, **camera)
@@ -157,11 +195,18 @@ class Film:
         self.paths[0].parent.mkdir(parents=True, exist_ok=True)
         self.mp4 = imageio.get_writer(self.paths[0], fps=round(1 / self.env.dt))
         self.gif, self.num_frames = [], 0
-        self.bar = tqdm(total=getattr(self.base, "max_episode_steps", None), desc="film", unit="frame", disable=None)
+        self.bar = tqdm(
+            total=getattr(self.base, "max_episode_steps", None),
+            desc="film",
+            unit="frame",
+            disable=None,
+        )
 
     def draw(self) -> np.ndarray:
         """The first environment as it is now, RGB [height, width, 3]."""
-        if isinstance(self.base, MujocoVectorEnv):  # `env` is not one of the simulations: show their state with it
+        if isinstance(
+            self.base, MujocoVectorEnv
+        ):  # `env` is not one of the simulations: show their state with it
             self.env.data.qpos[:], self.env.data.qvel[:] = self.base.qpos[0], self.base.qvel[0]
             mujoco.mj_forward(self.env.model, self.env.data)
         return self.renderer.render("rgb_array")
@@ -173,10 +218,22 @@ class Film:
         for agent, color in enumerate(self.colors):
             y, fill = 24 * agent, tuple(int(255 * x) for x in color)
             legend.rectangle((0, y, 90, y + 23), fill)
-            legend.text((10, y + 3), f"agent {agent}", "white", font_size=16, stroke_width=1, stroke_fill="black")
+            legend.text(
+                (10, y + 3),
+                f"agent {agent}",
+                "white",
+                font_size=16,
+                stroke_width=1,
+                stroke_fill="black",
+            )
         self.mp4.append_data(np.asarray(image))
-        if self.num_frames % max(1, round(1 / self.env.dt / GIF_FPS)) == 0 and len(self.gif) < GIF_FRAMES:
-            self.gif.append(image.resize((GIF_SIZE, GIF_SIZE)).quantize(128, Image.Quantize.MAXCOVERAGE))
+        if (
+            self.num_frames % max(1, round(1 / self.env.dt / GIF_FPS)) == 0
+            and len(self.gif) < GIF_FRAMES
+        ):
+            self.gif.append(
+                image.resize((GIF_SIZE, GIF_SIZE)).quantize(128, Image.Quantize.MAXCOVERAGE)
+            )
         self.num_frames += 1
         self.bar.update()
 
@@ -184,7 +241,13 @@ class Film:
         """Finish both files."""
         self.mp4.close()
         self.bar.close()
-        self.gif[0].save(self.paths[1], save_all=True, append_images=self.gif[1:], duration=1000 // GIF_FPS, loop=0)
+        self.gif[0].save(
+            self.paths[1],
+            save_all=True,
+            append_images=self.gif[1:],
+            duration=1000 // GIF_FPS,
+            loop=0,
+        )
         self.renderer.close()
         del self.renderer  # now, not later: it takes the current OpenGL context with it
 
@@ -192,23 +255,31 @@ class Film:
 # Run
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
-    """Say in one line what is wrong, and exit."""
+def fail(message: object) -> NoReturn:
+    """Say in one line what is wrong, and exit with code 2."""
     print("error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(code)
+    sys.exit(2)
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    """Read a model; of a run's directory the checkpoint, which is never older than model.pt."""
+    if path.is_dir():
+        path = path / ("checkpoint.pt" if (path / "checkpoint.pt").exists() else "model.pt")
+    # mmap: a checkpoint may hold a large replay buffer. weights_only: no code in the file is run.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def main(args: Args) -> None:
     """Load, play, and say how it went."""
-    torch.set_num_threads(1)  # as in the scripts
-    file = args.path / "model.pt" if args.path.is_dir() else args.path
+    file = args.path
     try:
-        model = torch.load(file, map_location="cpu", weights_only=True)  # which runs no code from the file
+        model = load_model(file)
         env_id, policy = model["args"]["env_id"], Policy(model)
     except Exception as e:  # torch.load raises whatever the bytes lead it to
         fail(f"{file}: no model can be read there ({type(e).__name__})")
     try:
-        vec = envs.make_vec(env_id, args.episodes, num_threads=args.num_threads)  # the policy knows what agents see
+        # The policy knows what the agents see: no agent_obsk.
+        vec = envs.make_vec(env_id, args.episodes, num_threads=args.num_threads)
     except ValueError as e:
         fail(f"{file}: {e}")
     act_ids = [ids.tolist() for ids in vec.partition.act_ids]
@@ -223,13 +294,15 @@ def main(args: Args) -> None:
         film.close()
         print(f"{film.paths[0]} and {film.paths[1]}: the first episode, return {returns[0]:.2f}")
     score = f"mean {returns.mean():.2f}, std {returns.std():.2f}, min {returns.min():.2f}, max {returns.max():.2f}"
-    print(f"{env_id}, {args.episodes} episodes, seed {args.seed}: return {score}; mean length {lengths.mean():.1f}")
+    print(
+        f"{env_id}, {args.episodes} episodes, seed {args.seed}: return {score}; mean length {lengths.mean():.1f}"
+    )
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in the scripts
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        fail("stopped", code=130)
-    except OSError as e:  # a full or read-only disk under a film
-        fail(e, code=1)
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

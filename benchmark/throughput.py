@@ -1,7 +1,12 @@
-"""How fast it is, in ratios: to another checkout, to the limit of the machine, to other libraries' environments.
+"""How fast the scripts and the environments are, in ratios.
 
     python benchmark/throughput.py --csv throughput.csv                  # all parts, more than an hour
     python benchmark/throughput.py --parts scripts --against ../old      # made by `git worktree add ../old COMMIT`
+    python benchmark/throughput.py --parts load                          # on an idle machine and on a busy one
+
+The parts compare scripts with those of another checkout (scripts), with what their matrix products and the physics
+alone would take (limit), and with themselves while other processes keep every core busy (load); and the environments
+with those of other libraries (envs).
 
 A machine's speed changes from hour to hour, so what is compared takes turns (A B A B ...), and a ratio is that of
 neighbouring turns. Numbers are the median [lowest to highest] of the repeats. Run it on an idle machine.
@@ -19,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -27,15 +32,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import gymnasium as gym
 import mujoco
 import torch
 import tyro
 from mujoco.batch import Batch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,32 +51,48 @@ NUM_ENVS = 20  # simulations at a time in such turns, as in the scripts
 ENV_IDS = ("HalfCheetah-6x1", "Walker2d-2x3", "Ant-4x2", "Humanoid-9|8")  # of the part envs
 # HARL's tuned values for HalfCheetah, as far as the work depends on them. It has no IPPO, which gets MAPPO's.
 HARL_BATCH = "--num-envs 20 --num-steps 200 --hidden-sizes 128 128 128 --num-minibatches 1"
-HARL = dict.fromkeys(("happo", "mappo", "ippo"), f"{HARL_BATCH} --update-epochs 15 --critic-epochs 15")
-# Its damping of 0.1, and its radius of 0.01 for each of six agents, in the script's terms.
-HARL["hatrpo"] = f"{HARL_BATCH} --critic-epochs 5 --cg-iters 10 --cg-damping 0.001 --target-kl 0.06"
-HARL["maddpg"] = "--num-envs 10 --hidden-sizes 256 256 --batch-size 1000 --n-step 20 --updates-per-step 0.1"
+HARL_PPO = f"{HARL_BATCH} --update-epochs 15 --critic-epochs 15"
+HARL = {
+    "happo": HARL_PPO,
+    "mappo": HARL_PPO,
+    "ippo": HARL_PPO,
+    # Its damping of 0.1, and its radius of 0.01 for each of six agents, in the script's terms.
+    "hatrpo": f"{HARL_BATCH} --critic-epochs 5 --cg-iters 10 --cg-damping 0.001 --target-kl 0.06",
+    "maddpg": "--num-envs 10 --hidden-sizes 256 256 --batch-size 1000 --n-step 20 --updates-per-step 0.1",
+}
+PARTS = Literal["scripts", "limit", "envs", "load"]
 
 
 @dataclass
 class Args:
     """Command line."""
 
-    parts: tuple[Literal["scripts", "limit", "envs"], ...] = ("scripts", "limit", "envs")  # what to measure
-    algorithms: tuple[Literal["happo", "mappo", "ippo", "hatrpo", "maddpg"], ...] = tuple(HARL)  # whose scripts
-    against: Path | None = None  # another checkout of this project: its scripts take turns with these
-    env_id: str = "HalfCheetah-6x1"  # what the scripts train on
-    total_timesteps: int = 60_000  # environment steps of a script's run
-    repeats: int = 5  # turns of each subject
-    num_threads: int = 0  # CPU threads for PyTorch and for the physics each; 0 is one per core
-    csv: Path | None = None  # where to write every turn
+    parts: tuple[PARTS, ...] = get_args(PARTS)
+    """what to measure"""
+    algorithms: tuple[Literal["happo", "mappo", "ippo", "hatrpo", "maddpg"], ...] = tuple(HARL)
+    """whose scripts"""
+    against: Path | None = None
+    """another checkout of this project: its scripts take turns with these"""
+    env_id: str = "HalfCheetah-6x1"
+    """what the scripts train on"""
+    total_timesteps: int = 60_000
+    """environment steps of a script's run"""
+    repeats: int = 5
+    """turns of each subject"""
+    num_threads: int = 0
+    """CPU threads of the physics, in older checkouts of PyTorch as well; 0 is one per core"""
+    csv: Path | None = None
+    """file to write every turn to"""
 
     def __post_init__(self) -> None:
         """Raise ValueError, which tyro shows, for a value that makes no sense."""
         if self.repeats < 1 or not self.algorithms:
-            raise ValueError("nothing to measure: --repeats and the number of --algorithms must be at least 1")
+            raise ValueError("--repeats and the number of --algorithms must be at least 1")
         if self.env_id.rpartition("-")[0] not in envs.ROBOTS:
-            raise ValueError(f"--env-id {self.env_id}: the robot must be one of {', '.join(envs.ROBOTS)}")
-        envs.make_vec(self.env_id, 1, num_threads=self.num_threads)  # raises what it has against them
+            robots = ", ".join(envs.ROBOTS)
+            raise ValueError(f"--env-id {self.env_id}: the robot must be one of {robots}")
+        # It raises ValueError for a wrong partition or number of threads.
+        envs.make_vec(self.env_id, 1, num_threads=self.num_threads)
         for algorithm in self.algorithms if self.against else ():
             if not (self.against / f"{algorithm}_mamujoco.py").is_file():
                 raise ValueError(f"--against {self.against}: there is no {algorithm}_mamujoco.py")
@@ -81,7 +101,8 @@ class Args:
 
     def flags(self, settings: str = "") -> list[str]:
         """A script's flags; without `settings` only such as older commits know too."""
-        flags = f"--total-timesteps {self.total_timesteps} --num-threads {self.num_threads} --eval-episodes 0 --seed 1"
+        flags = f"--total-timesteps {self.total_timesteps} --num-threads {self.num_threads}"
+        flags += " --eval-episodes 0 --seed 1"
         return ["--env-id", self.env_id, *flags.split(), *settings.split()]
 
 
@@ -106,20 +127,21 @@ def take_turns(subjects: dict[str, Callable[[], Turn]], repeats: int) -> dict[st
     return turns
 
 
-def speeds(turns: Sequence[Turn], clock: Literal["seconds", "training_seconds"] = "seconds") -> list[float]:
+def speeds(
+    turns: Sequence[Turn], clock: Literal["seconds", "training_seconds"] = "seconds"
+) -> list[float]:
     """Steps per second of each turn."""
     return [turn.steps / getattr(turn, clock) for turn in turns]
 
 
 def ratios(speeds: Sequence[float], others: Sequence[float]) -> list[float]:
-    """How many times as fast, turn by turn: so what slows the machine down for both does not count."""
+    """How many times as fast, turn by turn, so that what slows the machine down for both cancels."""
     return [speed / other for speed, other in zip(speeds, others, strict=True)]
 
 
 def spread(values: Sequence[float], form: str = ",.0f") -> str:
     """Median [lowest to highest]."""
-    median, low, high = (f"{x:{form}}" for x in (statistics.median(values), min(values), max(values)))
-    return f"{median} [{low} to {high}]"
+    return f"{statistics.median(values):{form}} [{min(values):{form}} to {max(values):{form}}]"
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -127,7 +149,8 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     print(f"\n{title}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip(), flush=True)
 
 
 # Subjects
@@ -136,16 +159,39 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
 def run_script(checkout: Path, algorithm: str, flags: Sequence[str]) -> Turn:
     """Run a checkout's script to its end, in a process and a directory of its own."""
     with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, str(checkout / f"{algorithm}_mamujoco.py"), *flags, "--run-dir", f"{tmp}/run"]
+        script = str(checkout / f"{algorithm}_mamujoco.py")
+        command = [sys.executable, script, *flags, "--run-dir", f"{tmp}/run"]
         start = time.perf_counter()
         process = subprocess.run(command, cwd=tmp, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
     points = re.findall(r"^step (\d+) .*SPS ([\d.]+)$", process.stdout, re.MULTILINE)
     if process.returncode or not points:
-        print(process.stderr.strip() or f"error: {command[1]} says no speed", file=sys.stderr)
+        print(process.stderr.strip() or f"error: {script} says no speed", file=sys.stderr)
         raise SystemExit(process.returncode or 1)
     steps, steps_per_second = map(float, points[-1])
     return Turn(seconds, steps, steps / steps_per_second, checkout)
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """Keep every core busy with one process; they end with the block, and if this process is killed."""
+    program = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
+    command = [sys.executable, "-c", program, str(os.getpid())]
+    processes = []
+    try:
+        for _ in range(os.cpu_count() or 1):
+            processes.append(subprocess.Popen(command))
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def run_script_beside_busy_cores(algorithm: str, flags: Sequence[str]) -> Turn:
+    """Run a script of this checkout while every core is busy."""
+    with busy_cores():
+        return run_script(ROOT, algorithm, flags)
 
 
 def repeat(call: Callable[[], object], steps: float) -> Callable[[], Turn]:
@@ -153,7 +199,8 @@ def repeat(call: Callable[[], object], steps: float) -> Callable[[], Turn]:
     call()  # warm up
 
     def turn() -> Turn:
-        calls, start = 0, time.perf_counter()
+        calls = 0
+        start = time.perf_counter()
         while (seconds := time.perf_counter() - start) < TURN_SECONDS:
             call()
             calls += 1
@@ -176,7 +223,8 @@ def step_mamujoco(env_id: str) -> Callable[[], Turn]:
 
     env = mamujoco_v1.parallel_env(*env_id.split("-"), agent_obsk=0)
     env.reset(seed=0)
-    space = gym.spaces.Dict({agent: env.action_space(agent) for agent in env.possible_agents}, seed=0)
+    spaces = {agent: env.action_space(agent) for agent in env.possible_agents}
+    space = gym.spaces.Dict(spaces, seed=0)
     actions = cycle([space.sample() for _ in range(100)])
 
     def step() -> None:
@@ -188,47 +236,35 @@ def step_mamujoco(env_id: str) -> Callable[[], Turn]:
 
 
 def step_physics(env_id: str, num_threads: int) -> Callable[[], Turn]:
-    """Steps of bare `mujoco.batch` with random controls: no observations, no rewards."""
+    """Steps of bare `mujoco.batch` with random controls: no observations, no rewards.
+
+    Its episodes are short: a robot that has fallen for good costs other time than one that runs.
+    """
     vec = envs.make_vec(env_id, NUM_ENVS)
     vec.action_space.seed(0)
     controls = [vec.action_space.sample() for _ in range(100)]
-    batch, frame_skip = Batch(vec.unwrapped.env.model, NUM_ENVS, num_threads), vec.unwrapped.env.frame_skip
+    env = vec.unwrapped.env
+    batch = Batch(env.model, NUM_ENVS, num_threads)
     batch_ctrl = batch.ctrl
 
-    def episode() -> None:  # a short one: a robot that has fallen for good costs other time than one that runs
+    def episode() -> None:
         batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
         for ctrl in controls:
             batch_ctrl[:] = ctrl
-            batch.step(nstep=frame_skip)
+            batch.step(nstep=env.frame_skip)
 
     return repeat(episode, len(controls) * NUM_ENVS)
 
 
-class CountFlops(TorchDispatchMode):
-    """Adds up the FLOPs of the matrix products made in it. (FlopCounterMode also tracks modules, and fails on ours.)"""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Count an operation by PyTorch's own formula."""
-        with self:  # in inference mode a composite operation comes whole
-            if (out := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
-                return out
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def count_flops(algorithm: str, flags: Sequence[str]) -> float:
     """Make a script's run in this process; return the FLOPs of all its matrix products per environment step."""
-    script, num_threads = import_module(f"{algorithm}_mamujoco"), torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()), CountFlops() as counted:
+    script = import_module(f"{algorithm}_mamujoco")
+    with tempfile.TemporaryDirectory() as tmp:
         args = tyro.cli(script.Args, args=[*flags, "--run-dir", f"{tmp}/run"])
-        script.main(args)
-    torch.set_num_threads(num_threads)  # the script leaves one
+        with contextlib.redirect_stdout(io.StringIO()), FlopCounterMode(display=False) as counter:
+            script.main(args)
     iteration = args.num_envs * args.num_steps
-    return counted.flops / (args.total_timesteps // iteration * iteration)
+    return counter.get_total_flops() / (args.total_timesteps // iteration * iteration)
 
 
 # Parts: each prints its table and returns its turns
@@ -236,60 +272,107 @@ def count_flops(algorithm: str, flags: Sequence[str]) -> float:
 
 def measure_scripts(args: Args) -> dict[str, list[Turn]]:
     """Whole runs at the default settings, here and in the other checkout."""
-    there, subjects = args.against and args.against.resolve(), {}
+    there = args.against and args.against.resolve()
+    subjects = {}
     for algorithm in args.algorithms:
         subjects[f"{algorithm} here"] = partial(run_script, ROOT, algorithm, args.flags())
         if there:
             subjects[f"{algorithm} there"] = partial(run_script, there, algorithm, args.flags())
     turns = take_turns(subjects, args.repeats)
-    rows = [["", "process, steps/s", "training loop, steps/s", f"times as fast as {there}" if there else ""]]
+    header = ["", "process, steps/s", "training loop, steps/s"]
+    rows = [[*header, f"times as fast as {there}" if there else ""]]
     for algorithm in args.algorithms:
         here = turns[f"{algorithm} here"]
-        ratio = spread(ratios(speeds(here), speeds(turns[f"{algorithm} there"])), ".2f") if there else ""
-        rows.append([algorithm, spread(speeds(here)), spread(speeds(here, "training_seconds")), ratio])
+        row = [algorithm, spread(speeds(here)), spread(speeds(here, "training_seconds")), ""]
+        if there:
+            others = turns[f"{algorithm} there"]
+            row[-1] = spread(ratios(speeds(here), speeds(others)), ".2f")
+        rows.append(row)
     print_table(f"Scripts: {args.total_timesteps:,} steps of {args.env_id}", rows)
     return turns
 
 
 def measure_limit(args: Args) -> dict[str, list[Turn]]:
-    """Training loops against all their matrix products at the rate of a large one, plus bare physics."""
+    """Training loops against all their matrix products at the rate of a large one, plus bare physics.
+
+    The products have one thread, as in the scripts.
+    """
+    torch.set_num_threads(1)
     a, b, out = torch.randn(3, 1024, 1024)
-    subjects, flops = {}, {}
+    subjects = {}
+    flops = {}
     for algorithm in args.algorithms:
-        for name, settings in {f"{algorithm}, defaults": "", f"{algorithm}, HARL's settings": HARL[algorithm]}.items():
-            flops[name] = count_flops(algorithm, args.flags(settings))
-            worth = 2 * 1024**3 / max(1, flops[name])  # environment steps; MADDPG's first 10,000 have no products
+        settings = {"defaults": "", "HARL's settings": HARL[algorithm]}
+        for title, more in settings.items():
+            name = f"{algorithm}, {title}"
+            flags = args.flags(more)
+            flops[name] = count_flops(algorithm, flags)
+            # How many environment steps a large product is worth; MADDPG's first 10,000 have none.
+            worth = 2 * 1024**3 / max(1, flops[name])
             subjects[f"{name}: products"] = repeat(partial(torch.mm, a, b, out=out), worth)
             subjects[f"{name}: physics"] = step_physics(args.env_id, args.num_threads)
-            subjects[f"{name}: script"] = partial(run_script, ROOT, algorithm, args.flags(settings))
+            subjects[f"{name}: script"] = partial(run_script, ROOT, algorithm, flags)
     turns = take_turns(subjects, args.repeats)
     rows = [["", "MFLOP/step", "limit, steps/s", "training loop, steps/s", "share of the limit"]]
     for name in flops:
-        products, physics, script = (turns[f"{name}: {what}"] for what in ("products", "physics", "script"))
-        limit = [1 / (1 / x + 1 / y) for x, y in zip(speeds(products), speeds(physics), strict=True)]
-        training = speeds(script, "training_seconds")
-        shown = spread(limit), spread(training), spread(ratios(training, limit), ".0%")
-        rows.append([name, f"{flops[name] / 1e6:.2f}", *shown])
-    print_table(f"Limit: {args.env_id}, nothing but matrix products and physics", rows)
+        products = speeds(turns[f"{name}: products"])
+        physics = speeds(turns[f"{name}: physics"])
+        training = speeds(turns[f"{name}: script"], "training_seconds")
+        limit = [1 / (1 / x + 1 / y) for x, y in zip(products, physics, strict=True)]
+        share = spread(ratios(training, limit), ".0%")
+        rows.append([name, f"{flops[name] / 1e6:.2f}", spread(limit), spread(training), share])
+    title = f"Limit: {args.env_id}, nothing but matrix products on one thread and physics"
+    print_table(title, rows)
     return turns
 
 
 def measure_envs(args: Args) -> dict[str, list[Turn]]:
     """`envs.make_vec` against Gymnasium's and Gymnasium-Robotics' environments, and against bare physics."""
-    turns, rows = {}, []
+    turns = {}
+    rows = []
+    same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     for env_id in ENV_IDS:
-        gym_id, same_step = envs.ROBOTS[env_id.split("-")[0]][0], gym.vector.AutoresetMode.SAME_STEP
-        sync = gym.make_vec(gym_id, NUM_ENVS, "sync", vector_kwargs={"autoreset_mode": same_step})
+        gym_id = envs.ROBOTS[env_id.split("-")[0]][0]
         ours = step_vec(envs.make_vec(env_id, NUM_ENVS, num_threads=args.num_threads))
-        others = {"SyncVectorEnv": step_vec(sync), "mujoco.batch alone": step_physics(env_id, args.num_threads)}
+        sync = gym.make_vec(gym_id, NUM_ENVS, "sync", vector_kwargs=same_step)
+        others = {
+            "SyncVectorEnv": step_vec(sync),
+            "mujoco.batch alone": step_physics(env_id, args.num_threads),
+        }
         if find_spec("gymnasium_robotics"):
             others["one mamujoco_v1"] = step_mamujoco(env_id)
         of_env = take_turns({"envs.make_vec": ours} | others, args.repeats)
         speed = speeds(of_env["envs.make_vec"])
-        rows.append([env_id, spread(speed), *(spread(ratios(speed, speeds(of_env[x])), ".2f") for x in others)])
+        row = [env_id, spread(speed)]
+        row += [spread(ratios(speed, speeds(of_env[name])), ".2f") for name in others]
+        rows.append(row)
         turns |= {f"{env_id}: {name}": values for name, values in of_env.items()}
     header = ["", "envs.make_vec, steps/s", *(f"times as fast as {name}" for name in others)]
     print_table(f"Environments: {NUM_ENVS} at a time, random actions", [header, *rows])
+    return turns
+
+
+def measure_load(args: Args) -> dict[str, list[Turn]]:
+    """Training loops at the default settings, alone and beside one busy process per core.
+
+    With two processes for each core a script can expect half of its speed.
+    """
+    subjects = {}
+    for algorithm in args.algorithms:
+        flags = args.flags()
+        subjects[f"{algorithm} alone"] = partial(run_script, ROOT, algorithm, flags)
+        loaded = partial(run_script_beside_busy_cores, algorithm, flags)
+        subjects[f"{algorithm} loaded"] = loaded
+    turns = take_turns(subjects, args.repeats)
+    rows = [["", "alone, steps/s", "beside busy cores, steps/s", "times as fast as alone"]]
+    for algorithm in args.algorithms:
+        alone = speeds(turns[f"{algorithm} alone"], "training_seconds")
+        loaded = speeds(turns[f"{algorithm} loaded"], "training_seconds")
+        rows.append(
+            [algorithm, spread(alone), spread(loaded), spread(ratios(loaded, alone), ".2f")]
+        )
+    title = f"Load: training loops on {args.env_id}, alone and beside a busy process per core"
+    print_table(title, rows)
     return turns
 
 
@@ -299,7 +382,8 @@ def measure_envs(args: Args) -> dict[str, list[Turn]]:
 @cache
 def commit_of(checkout: Path) -> str:
     """The commit of a checkout, `-dirty` if files differ from it; empty outside git."""
-    return subprocess.getoutput(f"git -C {shlex.quote(str(checkout))} describe --always --dirty 2>/dev/null")
+    git = f"git -C {shlex.quote(str(checkout))}"
+    return subprocess.getoutput(f"{git} describe --always --dirty 2>/dev/null")
 
 
 def describe_machine() -> str:
@@ -311,20 +395,28 @@ def describe_machine() -> str:
 
 def main(args: Args) -> None:
     """Measure, print and write."""
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    mujoco.set_mju_user_warning(lambda _: None)  # Gymnasium's own model files have deprecated attributes
-    machine, date = describe_machine(), datetime.now().astimezone().isoformat(timespec="seconds")
-    measures = {"scripts": measure_scripts, "limit": measure_limit, "envs": measure_envs}
-    print(f"{machine}; commit {commit_of(ROOT)}; {date}; median [lowest to highest] of {args.repeats}", flush=True)
+    # Gymnasium's own model files have deprecated attributes, of which MuJoCo warns.
+    mujoco.set_mju_user_warning(lambda _: None)
+    machine = describe_machine()
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    measures = {
+        "scripts": measure_scripts,
+        "limit": measure_limit,
+        "envs": measure_envs,
+        "load": measure_load,
+    }
+    numbers = f"median [lowest to highest] of {args.repeats}"
+    print(f"{machine}; commit {commit_of(ROOT)}; {date}; {numbers}", flush=True)
     with open(args.csv or os.devnull, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         file.write("part,subject,repeat,seconds,training_seconds,steps,machine,date,commit\n")
         for part in args.parts:
             for subject, turns in measures[part](args).items():
                 for i, turn in enumerate(turns):
-                    numbers = f"{turn.seconds:.4f}", f"{turn.training_seconds:.4f}", round(turn.steps)
-                    writer.writerow([part, subject, i, *numbers, machine, date, commit_of(turn.checkout)])
+                    seconds = f"{turn.seconds:.4f}", f"{turn.training_seconds:.4f}"
+                    steps = round(turn.steps)
+                    commit = commit_of(turn.checkout)
+                    writer.writerow([part, subject, i, *seconds, steps, machine, date, commit])
             file.flush()  # an interrupted run keeps what it has
 
 

@@ -1,4 +1,4 @@
-"""Multi-Agent MuJoCo: one robot's flat observation and action, and a partition of them among agents.
+"""Multi-Agent MuJoCo: a robot with a flat observation and action, which a partition splits among agents.
 
 `make_vec("HalfCheetah-6x1", num_envs=16)` returns a `gymnasium.vector.VectorEnv` with a `.partition`.
 """
@@ -16,7 +16,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.vector import VectorEnv
 
 from envs import models, tasks
-from envs.foreign import ForeignVectorEnv
+from envs.gymnasium_vec import GymnasiumVectorEnv
 from envs.partition import (
     ACTUATORS_PER_SEGMENT,
     NAMED_PARTITIONS,
@@ -36,7 +36,8 @@ __all__ = [
     "parse_partition",
 ]
 
-# Robot -> (Gymnasium id: the source of weights, ranges, reset and time limit; the task on mujoco.batch).
+# Robot: the id of Gymnasium's environment, which gives weights, ranges, reset and time limit, and the class that
+# computes the same task on mujoco.batch.
 ROBOTS: dict[str, tuple[str, type[tasks.MujocoVectorEnv]]] = {
     "HalfCheetah": ("HalfCheetah-v5", tasks.HalfCheetah),
     "Ant": ("Ant-v5", tasks.Ant),
@@ -51,21 +52,38 @@ ROBOTS: dict[str, tuple[str, type[tasks.MujocoVectorEnv]]] = {
     "ManySegmentAnt": ("Ant-v5", tasks.Ant),
     "CoupledHalfCheetah": ("HalfCheetah-v5", tasks.CoupledHalfCheetah),
 }
-# Robots whose model is not Gymnasium's. The first two have as many segments as the partition asks for.
+# Robots with as many segments as the partition asks for: their environment, and what compiles its model.
 SEGMENTED: dict[str, tuple[type[MujocoEnv], Callable[[int], mujoco.MjModel]]] = {
     "ManySegmentSwimmer": (models.ManySegmentSwimmerEnv, models.many_segment_swimmer),
     "ManySegmentAnt": (models.ManySegmentAntEnv, models.many_segment_ant),
 }
 
-# MuJoCo refuses 2,000. From 100 on, random actions make a quarter of the swimmer's steps diverge.
+# MuJoCo cannot compile 2,000. From 100 on, random actions make the simulation diverge in a quarter of the swimmer's
+# steps.
 MAX_SEGMENTS = 1000
 
-# The environments of the papers' figures and one of each other kind. Any other partition that fits works as well.
+# The environments of the papers' figures, and at least one of every other robot; any other partition works as well.
 ENV_IDS = (
-    *("Ant-2x4", "Ant-2x4d", "Ant-4x2", "Ant-8x1", "HalfCheetah-2x3", "HalfCheetah-3x2", "HalfCheetah-6x1"),
-    *("Hopper-3x1", "Walker2d-2x3", "Walker2d-3x2", "Walker2d-6x1", "Humanoid-17x1", "Humanoid-9|8"),
-    *("HumanoidStandup-17x1", "ManySegmentSwimmer-10x2", "ManySegmentAnt-2x3", "Swimmer-2x1", "Reacher-2x1"),
-    *("Pusher-3p", "CoupledHalfCheetah-1p1"),
+    "Ant-2x4",
+    "Ant-2x4d",
+    "Ant-4x2",
+    "Ant-8x1",
+    "HalfCheetah-2x3",
+    "HalfCheetah-3x2",
+    "HalfCheetah-6x1",
+    "Hopper-3x1",
+    "Walker2d-2x3",
+    "Walker2d-3x2",
+    "Walker2d-6x1",
+    "Humanoid-17x1",
+    "Humanoid-9|8",
+    "HumanoidStandup-17x1",
+    "ManySegmentSwimmer-10x2",
+    "ManySegmentAnt-2x3",
+    "Swimmer-2x1",
+    "Reacher-2x1",
+    "Pusher-3p",
+    "CoupledHalfCheetah-1p1",
 )
 
 
@@ -90,10 +108,10 @@ def make_vec(
 
     Returns:
         A vector environment over flat observations [num_envs, obs_dim] and actions [num_envs, act_dim], with SAME_STEP
-        autoreset, the index arrays as `.partition`, and `get_state` and `set_state` to save it and go on bit for bit.
+        autoreset. Its `.partition` has the index arrays; `get_state` and `set_state` save and restore it exactly.
 
     Raises:
-        ValueError: in one line, when something in the arguments is unknown or does not fit.
+        ValueError: when something in the arguments is unknown or does not fit; the message is one line.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
@@ -102,18 +120,18 @@ def make_vec(
     robot, _, text = (env_id, "-", partition) if partition is not None else env_id.rpartition("-")
     if robot not in ROBOTS:
         return _make_gymnasium_vec(robot, text, num_envs, agent_obsk)
-    gym_id, task = ROBOTS[robot]
+    gym_id, task_class = ROBOTS[robot]
     with _quiet_compiler():
         env = _make_task_env(robot, text)
     act_ids = parse_partition(robot, text, env.model.nu)
-    vec = task(env, num_envs, gym.spec(gym_id).max_episode_steps, num_threads)
+    vec = task_class(env, num_envs, gym.spec(gym_id).max_episode_steps, num_threads)
     vec.partition = make_partition(env.model, act_ids, vec.obs_entries, agent_obsk)
     return vec
 
 
 @contextlib.contextmanager
 def _quiet_compiler() -> Iterator[None]:
-    """Keep MuJoCo's remarks on Gymnasium's own model files (deprecated attributes) from the screen and its log file."""
+    """Show and log no warnings of MuJoCo while it compiles: Gymnasium's model files have deprecated attributes."""
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)
     try:
@@ -125,7 +143,7 @@ def _quiet_compiler() -> Iterator[None]:
 
 
 def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> MujocoEnv:
-    """Gymnasium's environment object of one of `ROBOTS`; the partition also says how many segments it gets."""
+    """Make Gymnasium's environment object of one of `ROBOTS`, with the number of segments that the partition needs."""
     if robot == "CoupledHalfCheetah":
         return models.CoupledHalfCheetahEnv(models.coupled_half_cheetah())
     if robot not in SEGMENTED:
@@ -133,7 +151,8 @@ def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> Mujo
     if isinstance(partition, str) and (sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", partition)):
         num_segments = int(sizes[1]) * int(sizes[2])
     else:
-        num_segments = sum(map(len, parse_actuator_lists(partition))) // ACTUATORS_PER_SEGMENT.get(robot, 1)
+        num_actuators = sum(map(len, parse_actuator_lists(partition)))
+        num_segments = num_actuators // ACTUATORS_PER_SEGMENT.get(robot, 1)
     if num_segments > MAX_SEGMENTS:
         raise ValueError(f"{robot} has at most {MAX_SEGMENTS} segments, not {num_segments}")
     make_env, make_model = SEGMENTED[robot]
@@ -146,23 +165,34 @@ def _make_gymnasium_vec(
     """`make_vec` for any other Gymnasium MuJoCo environment, on Gymnasium's own vectorisation.
 
     Raises:
-        ValueError: when it is unknown, not a `MujocoEnv`, or its observation is not flat.
+        ValueError: when it is unknown, is no `MujocoEnv`, has an observation that is not flat, or does not fit.
     """
     try:
         env = gym.make(gym_id).unwrapped
     except (gym.error.Error, ImportError) as e:
         env_id = f"{gym_id}-{partition}" if gym_id else str(partition)
-        known = {known.lower(): known for known in (*ENV_IDS, *(f"{robot}-<partition>" for robot in ROBOTS))}
-        near = [known[n] for n in difflib.get_close_matches(env_id.lower(), known, n=4, cutoff=0.4)] or ENV_IDS
-        raise ValueError(f"unknown env_id {env_id!r}; did you mean {', '.join(near)}? ({type(e).__name__})") from e
+        known_ids = [*ENV_IDS, *(f"{robot}-<partition>" for robot in ROBOTS)]
+        by_lower = {known.lower(): known for known in known_ids}
+        matches = difflib.get_close_matches(env_id.lower(), by_lower, n=4, cutoff=0.4)
+        near = [by_lower[match] for match in matches] or ENV_IDS
+        raise ValueError(
+            f"unknown env_id {env_id!r}; did you mean {', '.join(near)}? ({type(e).__name__})"
+        ) from e
     if not isinstance(env, MujocoEnv) or len(env.observation_space.shape or ()) != 1:
-        raise ValueError(f"{gym_id} is not a Gymnasium MujocoEnv with a flat observation, so it cannot be partitioned")
+        raise ValueError(
+            f"{gym_id} is not a Gymnasium MujocoEnv with a flat observation, so it cannot be partitioned"
+        )
     act_ids = parse_partition(gym_id, partition, env.model.nu)
-    unknown = [("global", 0)] * env.observation_space.shape[0]
-    entries = unknown if agent_obsk is None else tasks.observation_entries(env)
-    low, high = env.action_space.low, env.action_space.high
-    if bad := np.flatnonzero(~(np.isfinite(low) & np.isfinite(high) & (low < high))).tolist():
-        raise ValueError(f"{gym_id}: the action range of actuator {bad[0]} must be finite, from low to a higher high")
-    vec = ForeignVectorEnv(gym_id, num_envs)
+    entries = [("global", 0)] * env.observation_space.shape[0]  # every agent sees everything
+    if agent_obsk is not None:
+        entries = tasks.observation_entries(env)
+    low = env.action_space.low
+    high = env.action_space.high
+    usable = np.isfinite(low) & np.isfinite(high) & (low < high)
+    if not usable.all():
+        raise ValueError(
+            f"{gym_id}: the action range of actuator {usable.argmin()} must be finite, with low < high"
+        )
+    vec = GymnasiumVectorEnv(gym_id, num_envs)
     vec.partition = make_partition(env.model, act_ids, entries, agent_obsk)
     return vec

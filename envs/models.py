@@ -1,8 +1,8 @@
 """The robots that Gymnasium does not have, as MaMuJoCo defines them, built with MuJoCo's `MjSpec`.
 
-Each is one of Gymnasium's own environments with another model, so that its weights, ranges and reset stay Gymnasium's.
-Source of the models: Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco (many_segment_swimmer.py, many_segment_ant.py,
-coupled_half_cheetah.py and their assets); `tests/test_models.py` compares the compiled models with it.
+Each is one of Gymnasium's own environments with another model: weights, ranges and reset stay Gymnasium's. The models
+follow Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco (many_segment_swimmer.py, many_segment_ant.py,
+coupled_half_cheetah.py and their assets); `tests/test_models.py` compares the compiled models with those.
 """
 
 from pathlib import Path
@@ -19,18 +19,22 @@ HINGE, CAPSULE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtGeom.mjGEOM_CAPSULE
 
 
 def many_segment_swimmer(num_segments: int) -> mujoco.MjModel:
-    """Compile Gymnasium's Swimmer with `num_segments` actuated joints. Raises ValueError for fewer than its two."""
+    """Compile Gymnasium's Swimmer with `num_segments` actuated joints. Raises ValueError for fewer than 2."""
     if num_segments < 2:
         raise ValueError("ManySegmentSwimmer needs at least 2 segments")
     spec = mujoco.MjSpec.from_file(str(ASSETS / "swimmer.xml"))
     body = spec.body("back")
     for i in range(2, num_segments):
-        # The sign of every second axis is flipped, except the last's, as in MaMuJoCo.
+        # Every second axis points the other way, except that of the last segment, as in MaMuJoCo.
         sign = -1 if i % 2 == 0 and i < num_segments - 1 else 1
         body = body.add_body(name=f"back{i}", pos=[-1, 0, 0])
         body.add_geom(type=CAPSULE, fromto=[0, 0, 0, -1, 0, 0], size=[0.1, 0, 0], density=1000)
-        body.add_joint(name=f"motor{i + 1}_rot", type=HINGE, axis=[0, 0, sign], limited=True, range=[-100, 100])
-        motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=f"motor{i + 1}_rot", gear=[150] + [0] * 5)
+        body.add_joint(
+            name=f"motor{i + 1}_rot", type=HINGE, axis=[0, 0, sign], limited=True, range=[-100, 100]
+        )
+        motor = spec.add_actuator(
+            trntype=mujoco.mjtTrn.mjTRN_JOINT, target=f"motor{i + 1}_rot", gear=[150] + [0] * 5
+        )
         motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
     return spec.compile()
 
@@ -43,7 +47,7 @@ def many_segment_ant(num_segments: int) -> mujoco.MjModel:
         spec.delete(part)
 
     def add_leg(name: str, stub: list, out: list, ankle_axis: list, ankle_range: list) -> None:
-        """One leg: a stub fixed to the torso, the hip, then the ankle; `stub` and `out` are the limbs' directions."""
+        """Add a leg: a stub fixed to the torso, then hip and ankle; `stub` and `out` are vectors along the limbs."""
         leg = torso.add_body()
         leg.add_geom(type=CAPSULE, fromto=[0, 0, 0, *stub], size=[0.08, 0, 0])
         hip = leg.add_body(pos=stub)
@@ -53,7 +57,9 @@ def many_segment_ant(num_segments: int) -> mujoco.MjModel:
         ankle.add_joint(name=f"ankle{name}", type=HINGE, axis=ankle_axis, range=ankle_range)
         ankle.add_geom(type=CAPSULE, fromto=[0, 0, 0, *(2 * x for x in out)], size=[0.08, 0, 0])
         for joint in (f"hip{name}", f"ankle{name}"):
-            motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint, gear=[150] + [0] * 5)
+            motor = spec.add_actuator(
+                trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint, gear=[150] + [0] * 5
+            )
             motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
 
     add_leg("1_0", [0.2, 0.2, 0], [0.2, 0.2, 0], [-1, 1, 0], [30, 70])
@@ -71,7 +77,9 @@ def coupled_half_cheetah() -> mujoco.MjModel:
     asset = str(ASSETS / "half_cheetah.xml")
     spec = mujoco.MjSpec.from_file(asset)
     spec.delete(spec.body("torso"))
-    tendon = spec.add_tendon(name="tendon0", limited=True, range=[1.5, 3.5], stiffness=[0.1, 0, 0], width=0.05)
+    tendon = spec.add_tendon(
+        name="tendon0", limited=True, range=[1.5, 3.5], stiffness=[0.1, 0, 0], width=0.05
+    )
     tendon.rgba = [0.95, 0.3, 0.3, 1]
     for i, y in enumerate((-1, 1)):
         torso = mujoco.MjSpec.from_file(asset).body("torso")
@@ -82,11 +90,11 @@ def coupled_half_cheetah() -> mujoco.MjModel:
     return spec.compile()
 
 
-class _OwnModel:
-    """Gives one of Gymnasium's environments another model, and leaves it its weights, ranges and reset."""
+class CustomModel:
+    """Put before one of Gymnasium's environments: replaces its model, and keeps its weights, ranges and reset."""
 
     def __init__(self, model: mujoco.MjModel, **kwargs: Any) -> None:
-        """Build the environment; `kwargs` are Gymnasium's."""
+        """Make the environment with the compiled model; `kwargs` are those of Gymnasium's class."""
         self._model = model
         super().__init__(**kwargs)
 
@@ -94,13 +102,13 @@ class _OwnModel:
         return self._model, mujoco.MjData(self._model)
 
 
-class ManySegmentSwimmerEnv(_OwnModel, SwimmerEnv):
+class ManySegmentSwimmerEnv(CustomModel, SwimmerEnv):
     """Swimmer-v5 with more segments."""
 
 
-class ManySegmentAntEnv(_OwnModel, AntEnv):
+class ManySegmentAntEnv(CustomModel, AntEnv):
     """Ant-v5 with a spine of several segments."""
 
 
-class CoupledHalfCheetahEnv(_OwnModel, HalfCheetahEnv):
-    """HalfCheetah-v5's weights and reset on the two tied cheetahs; the task itself is in `tasks.py`."""
+class CoupledHalfCheetahEnv(CustomModel, HalfCheetahEnv):
+    """HalfCheetah-v5's weights and reset with the two tied cheetahs; the reward is in `tasks.py`."""

@@ -13,25 +13,30 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-# One entry of a flat observation: the mjData field that it is read from and its row there (a joint, a degree of freedom
-# or a body), e.g. ("qvel", 3). ("global", 0) is an entry that belongs to no joint: every agent sees it.
+# What one entry of a flat observation is: the mjData field that it is read from and the row there (a coordinate, a
+# degree of freedom or a body), e.g. ("qvel", 3). ("global", 0) belongs to no joint: every agent sees it.
 ObsEntry = tuple[str, int]
-COORDINATES, DOFS = (7, 4, 1, 1), (6, 3, 1, 1)  # of a free, ball, slide and hinge joint (mjtJoint), in qpos and qvel
+# How many entries of qpos and of qvel a free, ball, slide and hinge joint has (the order of mjtJoint).
+COORDINATES = (7, 4, 1, 1)
+DOFS = (6, 3, 1, 1)
 BODY_FIELDS = ("cinert", "cvel", "cfrc_ext", "xpos")  # the fields whose rows are bodies
 
-# Partitions whose meaning is not "N agents, each M consecutive actuators". Source of the first four: MaMuJoCo
-# (Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco/obsk.py, get_parts_and_edges). Ant's actuators are, in order, the
-# hips and ankles of the back right, front left, front right and back left leg.
+# Partitions that are not "N agents, each with M consecutive actuators". Those of Ant, Humanoid and Pusher follow
+# MaMuJoCo (Gymnasium-Robotics 1.4.2, envs/multiagent_mujoco/obsk.py, get_parts_and_edges). Ant's actuators are, in
+# order, the hip and the ankle of the back right, front left, front right and back left leg.
 NAMED_PARTITIONS: dict[str, dict[str, list[list[int]]]] = {
     "Ant": {
         "2x4": [[2, 3, 4, 5], [6, 7, 0, 1]],  # front legs, back legs
         "2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]],  # the two diagonals
     },
-    "Humanoid": {"9|8": [[0, 1, 2, 11, 12, 13, 14, 15, 16], [3, 4, 5, 6, 7, 8, 9, 10]]},  # upper body, lower body
+    "Humanoid": {
+        "9|8": [[0, 1, 2, 11, 12, 13, 14, 15, 16], [3, 4, 5, 6, 7, 8, 9, 10]],  # upper, lower body
+    },
     "Pusher": {"3p": [[0, 1, 2], [3], [4, 5, 6]]},  # shoulder, elbow, wrist
     "CoupledHalfCheetah": {"1p1": [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]},  # one cheetah each
 }
-NAMED_PARTITIONS["Humanoid"]["9p8"] = NAMED_PARTITIONS["Humanoid"]["9|8"]  # the same without a shell quote
+# The same under a name that needs no quotes in a shell.
+NAMED_PARTITIONS["Humanoid"]["9p8"] = NAMED_PARTITIONS["Humanoid"]["9|8"]
 NAMED_PARTITIONS["HumanoidStandup"] = NAMED_PARTITIONS["Humanoid"]
 
 # In NxM, M counts actuators, except for these robots, where it counts segments of this many actuators.
@@ -56,7 +61,9 @@ class Partition:
         return len(self.act_ids)
 
 
-def parse_partition(robot: str, partition: str | Sequence[Sequence[int]], num_actuators: int) -> list[list[int]]:
+def parse_partition(
+    robot: str, partition: str | Sequence[Sequence[int]], num_actuators: int
+) -> list[list[int]]:
     """Turn a partition, written as text or as lists, into one list of actuator indices per agent.
 
     Args:
@@ -70,8 +77,11 @@ def parse_partition(robot: str, partition: str | Sequence[Sequence[int]], num_ac
     named = NAMED_PARTITIONS.get(re.sub(r"-v\d+$", "", robot), {})  # Ant-v4 and Ant-v5 are Ant
     if not isinstance(partition, str) or partition.startswith("["):
         act_ids = parse_actuator_lists(partition)
-        if not all(act_ids) or sorted(a for agent in act_ids for a in agent) != list(range(num_actuators)):
-            raise ValueError(f"partition {partition} must use each actuator of {robot}, 0 to {num_actuators - 1}, once")
+        used = sorted(a for agent in act_ids for a in agent)
+        if not all(act_ids) or used != list(range(num_actuators)):
+            raise ValueError(
+                f"partition {partition} must use each actuator of {robot}, 0 to {num_actuators - 1}, once"
+            )
         return act_ids
     if partition in named:
         return named[partition]
@@ -94,7 +104,9 @@ def parse_actuator_lists(partition: str | Sequence[Sequence[int]]) -> list[list[
         lists = json.loads(partition) if isinstance(partition, str) else partition
         return [[operator.index(a) for a in agent] for agent in lists]
     except (json.JSONDecodeError, TypeError) as e:
-        raise ValueError(f"partition {partition!r} is neither NxM nor actuator lists such as [[0,1],[2]]") from e
+        raise ValueError(
+            f"partition {partition!r} is neither NxM nor actuator lists such as [[0,1],[2]]"
+        ) from e
 
 
 def actuated_joints(model: mujoco.MjModel) -> np.ndarray:
@@ -103,18 +115,22 @@ def actuated_joints(model: mujoco.MjModel) -> np.ndarray:
     Raises:
         ValueError: when an actuator drives something else than a joint, or two drive the same one.
     """
-    is_joint = np.isin(model.actuator_trntype, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT))
+    is_joint = np.isin(
+        model.actuator_trntype, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+    )
     joints = model.actuator_trnid[:, 0]
     if not is_joint.all() or len(set(joints)) < len(joints):
-        raise ValueError("a partition needs a model in which every actuator drives a joint of its own")
+        raise ValueError(
+            "a partition needs a model in which every actuator drives a joint of its own"
+        )
     return joints
 
 
 def joint_graph(model: mujoco.MjModel) -> np.ndarray:
-    """Return which actuators' joints are neighbours: bool [num_actuators, num_actuators], symmetric.
+    """Return whether the joints of two actuators are neighbours, bool [num_actuators, num_actuators], symmetric.
 
-    Two actuated joints are neighbours when no other actuated joint lies between them on the kinematic tree. Robots that
-    share only the world body are not connected.
+    They are when no other actuated joint lies between them on the kinematic tree. Two robots in one world, with nothing
+    but the world body in common, are not connected.
     """
     joints = actuated_joints(model)
     actuator_of = {j: a for a, j in enumerate(joints)}
@@ -122,26 +138,32 @@ def joint_graph(model: mujoco.MjModel) -> np.ndarray:
     def joint_above(joint: int) -> tuple[str, int]:
         """The nearest actuated joint between `joint` and the root, or the root body if there is none."""
         body = model.jnt_bodyid[joint]
-        above = range(model.body_jntadr[body], joint)  # joints of one body act in their order
+        above = range(
+            model.body_jntadr[body], joint
+        )  # those of one body are chained in their order
         while body != 0:
             for j in reversed(above):
                 if j in actuator_of:
                     return "joint", actuator_of[j]
             body = model.body_parentid[body]
-            above = range(model.body_jntadr[body], model.body_jntadr[body] + model.body_jntnum[body])
+            above = range(
+                model.body_jntadr[body], model.body_jntadr[body] + model.body_jntnum[body]
+            )
         return "root", model.body_rootid[model.jnt_bodyid[joint]]
 
     above = [joint_above(j) for j in joints]
     n = len(joints)
-    graph = np.array([[above[a] == above[b] or above[a] == ("joint", b) for b in range(n)] for a in range(n)])
+    graph = np.array(
+        [[above[a] == above[b] or above[a] == ("joint", b) for b in range(n)] for a in range(n)]
+    )
     return (graph | graph.T) & ~np.eye(n, dtype=bool)
 
 
 def joint_bodies(model: mujoco.MjModel, joint: int) -> set[int]:
-    """Return the bodies whose terms (inertia, velocity, contact force) belong to a joint: those that it connects.
+    """Return the bodies that a joint connects: who drives it sees their inertias, velocities and contact forces.
 
-    These are the rigid link that the joint moves (its body and what is welded to it), and, towards the root, the bodies
-    up to the first that has a joint of its own or branches.
+    These are the rigid link that the joint moves (its body and what is welded to it), and the bodies above it, up to
+    and including the first that has a joint of its own or more than one child.
     """
     body = model.jnt_bodyid[joint]
     bodies = set(np.flatnonzero(model.body_weldid == model.body_weldid[body]))
@@ -177,26 +199,38 @@ def make_partition(
     if agent_obsk is None:
         return Partition(tuple(np.arange(len(obs_entries)) for _ in act_ids), act_ids)
     if agent_obsk < 0:
-        raise ValueError(f"agent_obsk is {agent_obsk}: it must be 0 or more edges, or None for the whole state")
+        raise ValueError(
+            f"agent_obsk is {agent_obsk}: it must be 0 or more edges, or None for the whole state"
+        )
     joints = actuated_joints(model)
-    graph = joint_graph(model) | np.eye(len(joints), dtype=bool)  # bool: a count of the paths would overflow
-    reach = np.linalg.matrix_power(graph, agent_obsk)  # joints at most agent_obsk edges away
+    # Boolean: integers would count the paths between two joints, and overflow.
+    graph = joint_graph(model) | np.eye(len(joints), dtype=bool)
+    reach = np.linalg.matrix_power(graph, agent_obsk)  # [a, b]: at most agent_obsk edges apart
 
     def positions(joint: int) -> set[ObsEntry]:
+        """The coordinates of a joint."""
         qpos = model.jnt_qposadr[joint]
         return {("qpos", i) for i in range(qpos, qpos + COORDINATES[model.jnt_type[joint]])}
 
     def joint_terms(joint: int) -> set[ObsEntry]:
-        dofs = range(model.jnt_dofadr[joint], model.jnt_dofadr[joint] + DOFS[model.jnt_type[joint]])
-        return positions(joint) | {(field, dof) for dof in dofs for field in ("qvel", "qfrc_actuator")}
+        """The coordinates, velocities and actuator forces of a joint."""
+        dof = model.jnt_dofadr[joint]
+        dofs = range(dof, dof + DOFS[model.jnt_type[joint]])
+        return positions(joint) | {(field, i) for i in dofs for field in ("qvel", "qfrc_actuator")}
 
     jointed = set().union(*map(joint_terms, joints))
-    for_all = {entry for entry in obs_entries if entry not in jointed and entry[0] not in BODY_FIELDS}
+    for_all = {
+        entry for entry in obs_entries if entry not in jointed and entry[0] not in BODY_FIELDS
+    }
     obs_ids = []
     for actuators in act_ids:
         own = joints[actuators]
         seen = for_all.union(*map(joint_terms, own))
-        seen |= {(field, body) for joint in own for body in joint_bodies(model, joint) for field in BODY_FIELDS}
-        seen = seen.union(*map(positions, joints[reach[actuators].any(axis=0)]))
-        obs_ids.append(np.array([i for i, entry in enumerate(obs_entries) if entry in seen], dtype=np.int64))
+        for joint in own:
+            for body in joint_bodies(model, joint):
+                seen |= {(field, body) for field in BODY_FIELDS}
+        near = joints[reach[actuators].any(axis=0)]
+        seen = seen.union(*map(positions, near))
+        ids = [i for i, entry in enumerate(obs_entries) if entry in seen]
+        obs_ids.append(np.array(ids, dtype=np.int64))
     return Partition(tuple(obs_ids), act_ids)

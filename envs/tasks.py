@@ -1,8 +1,8 @@
 """Gymnasium's MuJoCo v5 tasks, many simulations at a time, on `mujoco.batch`.
 
-Each class adds to the physics what one Gymnasium file adds (observation, reward, termination), as NumPy lines over all
-the simulations. Weights, ranges and the reset's random draws come from Gymnasium's own environment object, so that they
-cannot drift from it; the order of the arithmetic is Gymnasium's too, so that results are the same to the last bit.
+Each class computes with NumPy, for all the simulations at once, what one file of Gymnasium adds to the physics:
+observation, reward and termination. Weights, ranges and the random draws of a reset come from Gymnasium's environment
+object, so that they cannot drift from it, and the arithmetic has Gymnasium's order, so that results are bit-identical.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from mujoco.batch import Batch
 
 from envs.partition import ObsEntry
 
-# The warnings that MuJoCo counts when a simulation blows up; they follow each other.
+# The warnings that MuJoCo counts when a simulation diverges; their numbers are consecutive.
 DIVERGED = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADQACC) + 1)
 
 
@@ -30,16 +30,21 @@ def observation_entries(env: MujocoEnv) -> list[ObsEntry]:
     Raises:
         ValueError: when the environment does not describe its observation that way.
     """
-    structure, model = getattr(env, "observation_structure", {}), env.model
+    structure = getattr(env, "observation_structure", {})
+    model = env.model
     skipped = structure.get("skipped_qpos", 0)
-    # A row of a field per joint position, per degree of freedom, or per body; Gymnasium leaves out the world body and
-    # the forces on the root's six degrees of freedom.
-    entries = [("qpos", i) for i in range(skipped, model.nq)] + [("qvel", i) for i in range(model.nv)]
+    entries = [("qpos", i) for i in range(skipped, model.nq)]
+    entries += [("qvel", i) for i in range(model.nv)]
+    # Then fields with `width` entries per row. Gymnasium leaves out the world body, and the actuator forces on the
+    # root's six degrees of freedom.
     for field, width in (("cinert", 10), ("cvel", 6), ("qfrc_actuator", 1), ("cfrc_ext", 6)):
-        rows = range(6, model.nv) if field == "qfrc_actuator" else range(1, model.nbody)
-        entries += [(field, i) for i in rows for _ in range(width)] if structure.get(field) else []
+        if structure.get(field):
+            rows = range(6, model.nv) if field == "qfrc_actuator" else range(1, model.nbody)
+            entries += [(field, i) for i in rows for _ in range(width)]
     if not structure or len(entries) != env.observation_space.shape[0]:
-        raise ValueError("agent_obsk needs an environment whose observation_structure describes its whole observation")
+        raise ValueError(
+            "agent_obsk needs an environment whose observation_structure describes its whole observation"
+        )
     return entries
 
 
@@ -57,27 +62,37 @@ class MujocoVectorEnv(VectorEnv):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    derived_fields: ClassVar[tuple[str, ...]] = ()  # the mjData fields, beside the state, that the task reads
+    # The mjData fields, beside the state, that the task reads.
+    derived_fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, env: MujocoEnv, num_envs: int, max_episode_steps: int, num_threads: int = 0) -> None:
+    def __init__(
+        self, env: MujocoEnv, num_envs: int, max_episode_steps: int, num_threads: int = 0
+    ) -> None:
         """Build the batch. `num_threads` 0 is one thread per CPU; results do not depend on it."""
-        self.env, self.num_envs, self.max_episode_steps = env, num_envs, max_episode_steps
+        self.env = env
+        self.num_envs = num_envs
+        self.max_episode_steps = max_episode_steps
         self.obs_entries = self._obs_entries()
-        # Contact forces are not part of a step: they are computed afterwards from the whole MjData, which only a
-        # persistent batch keeps.
+        # MuJoCo's step computes no contact forces: that takes the whole MjData, which only a persistent batch keeps.
         self.has_contact_forces = ("cfrc_ext", 1) in self.obs_entries
         self.batch = Batch(env.model, num_envs, num_threads, persistent=self.has_contact_forces)
-        self.qpos, self.qvel, self.ctrl = self.batch.qpos, self.batch.qvel, self.batch.ctrl
-        self._warnings, self._dt = self.batch.warning[:, DIVERGED], env.dt
-        for field in self.derived_fields:  # bound before the first reset: a field is only filled from then on
+        self.qpos = self.batch.qpos
+        self.qvel = self.batch.qvel
+        self.ctrl = self.batch.ctrl
+        self._warnings = self.batch.warning[:, DIVERGED]
+        self._dt = env.dt
+        # Before the first reset: a field is only filled after it is bound.
+        for field in self.derived_fields:
             self.batch.bind(field)
         self.cfrc_ext = np.zeros((num_envs, env.model.nbody, 6))
         self._data = mujoco.MjData(env.model)
         self._rngs: list[np.random.Generator] = []
         self._elapsed_steps = np.zeros(num_envs, dtype=np.int64)
-        self._last_position: np.ndarray | None = None  # where the step now to come starts; made by the first reset
+        # `_position` before the next step, for the speed; the first reset makes it.
+        self._last_position: np.ndarray | None = None
         self.num_diverged = 0
-        self.render_mode, self.spec = None, env.spec
+        self.render_mode = None
+        self.spec = env.spec
         self.single_observation_space = Box(-np.inf, np.inf, (len(self.obs_entries),), np.float64)
         self.single_action_space = env.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -98,10 +113,12 @@ class MujocoVectorEnv(VectorEnv):
         return self.qpos[:, 0].copy()
 
     def _healthy(self) -> np.ndarray:
-        """Whether the robot is still fit to go on, bool [num_envs]; only asked where the task can terminate."""
+        """Whether the robot is healthy in Gymnasium's sense, bool [num_envs]: most tasks terminate when it is not."""
         return np.ones(self.num_envs, dtype=bool)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         """The rewards of one step, [num_envs]."""
         raise NotImplementedError
 
@@ -113,12 +130,17 @@ class MujocoVectorEnv(VectorEnv):
         """Start all episodes. An int seeds environment i with `seed + i`, as Gymnasium's vector environments do.
 
         Raises:
-            ValueError: when there are options: all environments are always reset.
+            ValueError: when there are options; a mask of environments to reset is not supported.
         """
         if options:
             raise ValueError(f"reset takes no options, not {options}")
         if seed is not None or not self._rngs:
-            seeds = [None if seed is None else seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
+            if seed is None:
+                seeds = [None] * self.num_envs
+            elif np.ndim(seed) == 0:
+                seeds = [seed + i for i in range(self.num_envs)]
+            else:
+                seeds = seed
             self._rngs = [np_random(s)[0] for s in seeds]
         self._reset_simulations(np.arange(self.num_envs))
         return self._observation(), {}
@@ -128,7 +150,8 @@ class MujocoVectorEnv(VectorEnv):
         self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
         for i in ids:
             self.env.np_random = self._rngs[i]
-            self.env.set_state = partial(self._put_state, i)  # Gymnasium's also computes what follows from the state
+            # Gymnasium's own set_state would write into, and run forward, the MjData of `env`.
+            self.env.set_state = partial(self._put_state, i)
             self.env.reset_model()
         self.batch.forward(ids)
         self.cfrc_ext[ids] = 0
@@ -139,7 +162,8 @@ class MujocoVectorEnv(VectorEnv):
         self._last_position[ids] = position[ids]
 
     def _put_state(self, i: int, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        self.qpos[i], self.qvel[i] = qpos, qvel
+        self.qpos[i] = qpos
+        self.qvel[i] = qvel
 
     def get_state(self) -> dict[str, Any]:
         """Everything the simulations remember between two steps, as plain Python data."""
@@ -152,7 +176,7 @@ class MujocoVectorEnv(VectorEnv):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` returned, after a reset. Raises ValueError for a state of other environments."""
+        """Restore, after `reset`, what `get_state` returned. Raises ValueError for a state of other environments."""
         if np.shape(state["simulations"]) != self.batch.state.shape:
             raise ValueError(f"the state is not one of {self.num_envs} simulations of this robot")
         self.batch.state[:] = state["simulations"]
@@ -163,8 +187,10 @@ class MujocoVectorEnv(VectorEnv):
             rng.bit_generator.state = rng_state
         self.num_diverged = state["num_diverged"]
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Apply actions [num_envs, act_dim] for one frame-skip; see the class for autoreset.
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Apply actions [num_envs, act_dim] for one environment step; the class describes the autoreset.
 
         Raises:
             ValueError: when the actions have another shape.
@@ -190,8 +216,8 @@ class MujocoVectorEnv(VectorEnv):
         truncations = self._elapsed_steps >= self.max_episode_steps
         infos: dict[str, Any] = {}
 
-        # MuJoCo has put a simulation that diverged back to its default pose: what was computed from it means nothing.
-        # A reset clears the counts.
+        # MuJoCo has put a simulation that diverged back into its default pose, so its reward means nothing. The reset
+        # below clears the warnings.
         if self._warnings.any():
             diverged = self._warnings.any(axis=(1, 2))
             self.num_diverged += diverged.sum()
@@ -201,7 +227,8 @@ class MujocoVectorEnv(VectorEnv):
 
         done = terminations | truncations
         if done.any():
-            infos["final_obs"], infos["_final_obs"] = np.full(self.num_envs, None, dtype=object), done
+            infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
+            infos["_final_obs"] = done
             for i in np.flatnonzero(done):
                 infos["final_obs"][i] = observations[i].copy()
             self._reset_simulations(np.flatnonzero(done))
@@ -213,9 +240,11 @@ class MujocoVectorEnv(VectorEnv):
 
 
 class HalfCheetah(MujocoVectorEnv):
-    """HalfCheetah-v5 (half_cheetah_v5.py) and Swimmer-v5 (swimmer_v5.py): speed less control cost."""
+    """HalfCheetah-v5 (half_cheetah_v5.py) and Swimmer-v5 (swimmer_v5.py): speed minus control cost."""
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         return self.env._forward_reward_weight * x_velocity - self._control_cost(actions)
 
 
@@ -227,17 +256,21 @@ class Walker2d(MujocoVectorEnv):
         return np.concatenate([self.qpos[:, skipped:], np.clip(self.qvel, -10, 10)], axis=1)
 
     def _healthy(self) -> np.ndarray:
-        (z_low, z_high), (angle_low, angle_high) = self.env._healthy_z_range, self.env._healthy_angle_range
-        z, angle = self.qpos[:, 1], self.qpos[:, 2]
+        z_low, z_high = self.env._healthy_z_range
+        angle_low, angle_high = self.env._healthy_angle_range
+        z = self.qpos[:, 1]
+        angle = self.qpos[:, 2]
         return (z_low < z) & (z < z_high) & (angle_low < angle) & (angle < angle_high)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         rewards = self.env._forward_reward_weight * x_velocity + healthy * self.env._healthy_reward
         return rewards - self._control_cost(actions)
 
 
 class Hopper(Walker2d):
-    """Hopper-v5 (hopper_v5.py): Walker2d's reward; all of the state, past x and z, must stay in a range as well."""
+    """Hopper-v5 (hopper_v5.py): Walker2d's reward; the rest of the state, without x and z, has a healthy range too."""
 
     def _healthy(self) -> np.ndarray:
         low, high = self.env._healthy_state_range
@@ -254,9 +287,8 @@ class Ant(MujocoVectorEnv):
         return np.clip(self.cfrc_ext, *self.env._contact_force_range)
 
     def _observation(self) -> np.ndarray:
-        return np.concatenate(
-            [super()._observation(), self._contact_forces()[:, 1:].reshape(self.num_envs, -1)], axis=1
-        )
+        forces = self._contact_forces()[:, 1:].reshape(self.num_envs, -1)
+        return np.concatenate([super()._observation(), forces], axis=1)
 
     def _position(self) -> np.ndarray:
         return self.batch.xpos[:, self.env._main_body, 0].copy()
@@ -266,10 +298,13 @@ class Ant(MujocoVectorEnv):
         finite = np.isfinite(self.qpos).all(axis=1) & np.isfinite(self.qvel).all(axis=1)
         return finite & (low <= self.qpos[:, 2]) & (self.qpos[:, 2] <= high)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         rewards = x_velocity * self.env._forward_reward_weight + healthy * self.env._healthy_reward
         forces = np.square(self._contact_forces()).reshape(self.num_envs, -1)
-        return rewards - (self._control_cost(actions) + self.env._contact_cost_weight * forces.sum(axis=1))
+        contact_cost = self.env._contact_cost_weight * forces.sum(axis=1)
+        return rewards - (self._control_cost(actions) + contact_cost)
 
 
 class HumanoidStandup(MujocoVectorEnv):
@@ -278,14 +313,23 @@ class HumanoidStandup(MujocoVectorEnv):
     derived_fields = ("cinert", "cvel", "qfrc_actuator")
 
     def _observation(self) -> np.ndarray:
-        batch, bodies = self.batch, (self.num_envs, -1)
-        terms = [batch.cinert[:, 1:].reshape(bodies), batch.cvel[:, 1:].reshape(bodies), batch.qfrc_actuator[:, 6:]]
-        return np.concatenate([super()._observation(), *terms, self.cfrc_ext[:, 1:].reshape(bodies)], axis=1)
+        rows = (self.num_envs, -1)
+        terms = [
+            super()._observation(),
+            self.batch.cinert[:, 1:].reshape(rows),
+            self.batch.cvel[:, 1:].reshape(rows),
+            self.batch.qfrc_actuator[:, 6:],
+            self.cfrc_ext[:, 1:].reshape(rows),
+        ]
+        return np.concatenate(terms, axis=1)
 
     def _contact_cost(self, weight: float, cost_range: tuple[float, float]) -> np.ndarray:
-        return np.clip(weight * np.square(self.cfrc_ext).reshape(self.num_envs, -1).sum(axis=1), *cost_range)
+        forces = np.square(self.cfrc_ext).reshape(self.num_envs, -1)
+        return np.clip(weight * forces.sum(axis=1), *cost_range)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         up = self.qpos[:, 2] / self.env.model.opt.timestep
         impact_cost = self._contact_cost(self.env._impact_cost_weight, self.env._impact_cost_range)
         return up - self._control_cost(self.ctrl) - impact_cost + 1
@@ -304,9 +348,13 @@ class Humanoid(HumanoidStandup):
         low, high = self.env._healthy_z_range
         return (low < self.qpos[:, 2]) & (self.qpos[:, 2] < high)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         rewards = self.env._forward_reward_weight * x_velocity + healthy * self.env._healthy_reward
-        contact_cost = self._contact_cost(self.env._contact_cost_weight, self.env._contact_cost_range)
+        contact_cost = self._contact_cost(
+            self.env._contact_cost_weight, self.env._contact_cost_range
+        )
         return rewards - (self._control_cost(self.ctrl) + contact_cost)
 
 
@@ -318,17 +366,27 @@ class Reacher(MujocoVectorEnv):
     def _obs_entries(self) -> list[ObsEntry]:
         fingertip = ("xpos", self.env.model.body("fingertip").id)
         angles = [("qpos", 0), ("qpos", 1)]
-        return [*angles, *angles, ("qpos", 2), ("qpos", 3), ("qvel", 0), ("qvel", 1), fingertip, fingertip]
+        target = [("qpos", 2), ("qpos", 3)]
+        velocities = [("qvel", 0), ("qvel", 1)]
+        return [*angles, *angles, *target, *velocities, fingertip, fingertip]
 
     def _to_target(self) -> np.ndarray:
         return self.batch.body("fingertip").xpos - self.batch.body("target").xpos
 
     def _observation(self) -> np.ndarray:
         theta = self.qpos[:, :2]
-        terms = [np.cos(theta), np.sin(theta), self.qpos[:, 2:], self.qvel[:, :2], self._to_target()[:, :2]]
+        terms = [
+            np.cos(theta),
+            np.sin(theta),
+            self.qpos[:, 2:],
+            self.qvel[:, :2],
+            self._to_target()[:, :2],
+        ]
         return np.concatenate(terms, axis=1)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         reward_dist = -np.linalg.norm(self._to_target(), axis=1) * self.env._reward_dist_weight
         return reward_dist + -np.square(actions).sum(axis=1) * self.env._reward_control_weight
 
@@ -340,13 +398,19 @@ class Pusher(MujocoVectorEnv):
 
     def _obs_entries(self) -> list[ObsEntry]:
         hand = ("xpos", self.env.model.body("tips_arm").id)
-        return [(field, i) for field in ("qpos", "qvel") for i in range(7)] + 3 * [hand] + 6 * [("global", 0)]
+        return (
+            [(field, i) for field in ("qpos", "qvel") for i in range(7)]
+            + 3 * [hand]
+            + 6 * [("global", 0)]
+        )
 
     def _observation(self) -> np.ndarray:
         coms = [self.batch.body(name).xpos for name in ("tips_arm", "object", "goal")]
         return np.concatenate([self.qpos[:, :7], self.qvel[:, :7], *coms], axis=1)
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
         hand, thing, goal = (self.batch.body(name).xpos for name in ("tips_arm", "object", "goal"))
         reward_near = -np.linalg.norm(thing - hand, axis=1) * self.env._reward_near_weight
         reward_dist = -np.linalg.norm(thing - goal, axis=1) * self.env._reward_dist_weight
@@ -364,14 +428,19 @@ class CoupledHalfCheetah(MujocoVectorEnv):
         return [*qpos, *(("qvel", i) for i in range(18)), *[("global", 0)] * 6]
 
     def _observation(self) -> np.ndarray:
-        # The tendon's Jacobian is sparse in MuJoCo 4: its columns are the roots' x, z, angle. MaMuJoCo shows x and z.
+        # MuJoCo 4 stores the tendon's Jacobian sparsely, as six columns: x, z and angle of the first root, then of the
+        # second. MaMuJoCo shows x and z.
         tendon = [self.batch.ten_J[:, [0, 1, 3, 4]], self.batch.ten_length, self.batch.ten_velocity]
         return np.concatenate([self.qpos[:, 1:9], self.qpos[:, 10:18], self.qvel, *tendon], axis=1)
 
     def _position(self) -> np.ndarray:
         return self.qpos[:, [0, 9]]
 
-    def _reward(self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray) -> np.ndarray:
-        forward_reward = self.env._forward_reward_weight * (x_velocity[:, 0] + x_velocity[:, 1]) / 2.0
+    def _reward(
+        self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
+    ) -> np.ndarray:
+        forward_reward = (
+            self.env._forward_reward_weight * (x_velocity[:, 0] + x_velocity[:, 1]) / 2.0
+        )
         costs = self._control_cost(actions[:, :6]) + self._control_cost(actions[:, 6:])
         return forward_reward - costs / 2.0

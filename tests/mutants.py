@@ -1,27 +1,46 @@
 """Break one line, see red: faults in the scripts and in envs/, one at a time in a copy; the tests must catch every one.
 
-    python tests/mutants.py            # all, prints a table, exit code 1 if one survives
+    python tests/mutants.py            # all; prints a table, exit code 1 if a fault survives
     python tests/mutants.py 3 17       # only these
+    python tests/mutants.py --check    # only whether the table fits the code
 
-A fault in a line that several scripts have is made in all of them (in ippo_mamujoco.py where mappo_mamujoco.py has it),
-and tests/test_siblings.py does not take part, so that what is caught is the fault and not the difference.
+A fault in a line that several scripts have is made in all of them, and tests/test_siblings.py does not take part, so that
+what is caught is the fault and not the difference.
 """
 
+import importlib
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("mappo_mamujoco.py", "happo_mamujoco.py", "hatrpo_mamujoco.py")
-# What caught a fault the last time is tried first: file and test by fault.
-ROW = r"^\| \d+ \| (.+) \| (test_\w+\.py)::(\w+).* \| \d+ s \|$"
-LAST = {row[0]: row[1:] for row in re.findall(ROW, (ROOT / "tests/mutants.md").read_text(), re.MULTILINE)}
+MAPPO = "mappo_mamujoco.py"
+HAPPO = "happo_mamujoco.py"
+HATRPO = "hatrpo_mamujoco.py"
+IPPO = "ippo_mamujoco.py"
+MADDPG = "maddpg_mamujoco.py"
+SEQUENTIAL = (HAPPO, HATRPO)
+SIMULTANEOUS = (MAPPO, IPPO)
+PPO = (MAPPO, HAPPO, IPPO)
+CENTRAL = (MAPPO, HAPPO, HATRPO)  # one critic, of the whole state
+ON_POLICY = (MAPPO, HAPPO, HATRPO, IPPO)
+ALL = (*ON_POLICY, MADDPG)
+TASKS = ("envs/tasks.py",)
+PARTITION = ("envs/partition.py",)
+GYMNASIUM = ("envs/gymnasium_vec.py",)
+EVALUATE = ("evaluate.py",)
+
+# The test files in the order in which they are tried, after the likeliest one.
 ORDER = (
     "gae",
     "policy",
@@ -37,163 +56,511 @@ ORDER = (
     "scripts",
     "other_envs",
     "evaluate",
+    "device",
     "learning",
 )
+TIME_LIMIT = 900  # seconds for the tests of one fault: what takes longer hangs
+# The processes are forked from this one, which imports the slow modules once for all.
+FORK = multiprocessing.get_context("fork")
+SLOW = (
+    "gymnasium.envs.mujoco",
+    "hypothesis",
+    "imageio",
+    "mujoco.batch",
+    "scipy.stats",
+    "tensorboard.backend.event_processing.event_accumulator",
+    "torch.utils.tensorboard",
+    "tyro",
+)
+# What caught a fault the last time, file and test, by fault.
+ROW = r"^\| \d+ \| (.+) \| (test_\w+\.py)::(\w+).* \| \d+ s \|$"
+TABLE = ROOT / "tests" / "mutants.md"
+LAST = {row[0]: row[1:] for row in re.findall(ROW, TABLE.read_text(), re.MULTILINE)}
 
-# What is wrong, the files, the line's text, what it becomes.
-MUTANTS: list[tuple[str, tuple[str, ...], str, str]] = [
-    ("sign of the clipped objective", SCRIPTS[:2], "policy_loss = -torch.min(", "policy_loss = torch.min("),
-    ("max instead of min", SCRIPTS[:2], "-torch.min(", "-torch.max("),
-    ("only the upper side clipped", SCRIPTS[:2], "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(max=1 + clip_coef)"),
-    ("only the lower side clipped", SCRIPTS[:2], "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(min=1 - clip_coef)"),
-    ("entropy bonus as a penalty", SCRIPTS[:2], "policy_loss - ent_coef * entropy", "policy_loss + ent_coef * entropy"),
-    ("entropy bonus as a penalty (HATRPO)", SCRIPTS[2:], "+ args.ent_coef * actor.entropy", "- args.ent_coef * actor.entropy"),
-    ("log-probability not summed over dimensions", SCRIPTS, "-0.5 * z.square().sum(-1)", "-0.5 * z.square().mean(-1)"),
-    ("log_std taken for a variance", SCRIPTS, "z = (actions - mean) * torch.exp(-log_std)", "z = (actions - mean) * torch.exp(-log_std / 2)"),
-    ("gradient never clipped", SCRIPTS[1:2], "nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)", "pass"),
-    ("M not updated", SCRIPTS[1:2], "            M = M * logratio.exp()\n", "            pass\n"),
-    ("joint policy not bounded", SCRIPTS[1:2], "(joint.exp() - 1 - joint).mean() > radius", "False"),
-    ("every agent may use the whole radius", SCRIPTS[1:2], "args.target_kl * (len(stats) + 1) / len(actors)", "args.target_kl"),
-    ("every agent gets the first one's share", SCRIPTS[1:2], "args.target_kl * (len(stats) + 1) / len(actors)", "args.target_kl / len(actors)"),
-    ("one agent bounded, not the joint policy", SCRIPTS[1:2], "joint = joint_logratio[mb] + logratio", "joint = logratio"),
-    ("M not updated (HATRPO)", SCRIPTS[2:], "M = M * logratios[-1].exp()", "pass"),
-    ("M multiplied with the inverse ratio", SCRIPTS[1:2], "M = M * logratio.exp()", "M = M / logratio.exp()"),
-    ("M multiplied with the inverse ratio (HATRPO)", SCRIPTS[2:], "M = M * logratios[-1].exp()", "M = M / logratios[-1].exp()"),
-    ("M starts again from A", SCRIPTS[1:2], "M = M * logratio.exp()", "M = advantages * logratio.exp()"),
-    ("M starts again from A (HATRPO)", SCRIPTS[2:], "M = M * logratios[-1].exp()", "M = advantages * logratios[-1].exp()"),
-    ("M normalised after each agent", SCRIPTS[1:], "    return stats, M\n", "    return stats, M / M.std()\n"),
-    ("the actors see A instead of M", SCRIPTS[1:2], "logprobs[i][mb], M[mb]", "logprobs[i][mb], advantages[mb]"),
-    ("order never random", SCRIPTS[1:], "if args.fixed_order else order:", "if args.fixed_order else sorted(order):"),
-    ("KL the wrong way round", SCRIPTS[2:], "(old_mean, old_log_std), (mean, log_std) = old, new", "(old_mean, old_log_std), (mean, log_std) = new, old"),
-    ("no damping", SCRIPTS[2:], "H_direction + damping * direction", "H_direction"),
-    ("pi_old of an agent after the others' updates", SCRIPTS[1:2], "batch = obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb]", "batch = obs[i][mb], actions[i][mb], actors[i].log_prob(actors[i](obs[i][mb]), actions[i][mb]).detach(), M[mb]"),
-    ("half the step length", SCRIPTS[2:], "torch.sqrt(2 * delta", "torch.sqrt(delta"),
-    ("KL not checked in the line search", SCRIPTS[2:], "expected_gain and kl <= delta", "expected_gain"),
-    ("gain not checked in the line search", SCRIPTS[2:], "gain >= args.accept_ratio * scale * expected_gain and kl", "kl"),
-    ("gain of a full step expected from a short one", SCRIPTS[2:], "args.accept_ratio * scale * expected_gain", "args.accept_ratio * expected_gain"),
-    ("one backtrack too few", SCRIPTS[2:], "range(args.backtrack_iters + 1)", "range(args.backtrack_iters)"),
-    ("rejected step's KL and gain reported", SCRIPTS[2:], "new_theta, gain, kl = theta, torch.zeros_like(gain), torch.zeros_like(kl)", "new_theta = theta"),
-    ("rejected step kept", SCRIPTS[2:], "    actor.theta.data.copy_(theta)\n    stats |=", "    stats |="),
-    ("steepest descent for conjugate gradient", SCRIPTS[2:], "direction = residual + rr / old_rr * direction", "direction = residual"),
-    ("conjugate gradient never stops", SCRIPTS[2:], "        if rr < tolerance:\n            break\n", ""),
-    ("Fisher matrix on the wrong rows' scale", SCRIPTS[2:], "for d in dist], new).mean(), new, create", "for d in dist], new).sum(), new, create"),
-    ("damping that is no share of the curvature", SCRIPTS[2:], "args.cg_damping * curvature", "args.cg_damping"),
-    ("curvature per norm instead of squared norm", SCRIPTS[2:], "/ (gradient @ gradient)", "/ gradient.norm()"),
-    ("every agent gets the joint policy's radius", SCRIPTS[2:], "args.target_kl / len(actors)", "args.target_kl"),
-    ("the batch's KL of one agent, not of the joint policy", SCRIPTS[2:], "sampled_kl(sum(logratios, actor", "sampled_kl(sum([], actor"),
-    ("the batch's KL not checked", SCRIPTS[2:], "torch.maximum(actor.kl(old_dist, dist).mean(), joint_kl / (len(logratios) + 1))", "actor.kl(old_dist, dist).mean()"),
-    ("the batch's KL gets one share for all agents", SCRIPTS[2:], "joint_kl / (len(logratios) + 1)", "joint_kl"),
-    ("only the batch's KL checked", SCRIPTS[2:], "torch.maximum(actor.kl(old_dist, dist).mean(), joint_kl / (len(logratios) + 1))", "joint_kl / (len(logratios) + 1)"),
-    ("length of the step from the damped matrix", SCRIPTS[2:], "Hx + alpha * H_direction", "Hx + alpha * damped"),
-    ("truncation taken for termination", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * (1 - terminations) * (1 - truncations) * next_values"),
-    ("termination ignored", SCRIPTS, "gamma * (1 - terminations) * next_values", "gamma * next_values"),
-    ("advantages cross truncations", SCRIPTS, "(1 - terminations) * (1 - truncations)  # nothing", "(1 - terminations)  # nothing"),
-    ("GAE off by one", SCRIPTS, "deltas[t] + carry[t] * last", "deltas[t] + carry[t - 1] * last"),
-    ("lambda forgotten", SCRIPTS, "carry = gamma * gae_lambda *", "carry = gamma *"),
-    ("next episode's observation leaks into the ended one", SCRIPTS, 'next_obs[done] = self.normalize(np.stack(infos["final_obs"][done]))', "pass"),
-    ("evaluation moves the statistics", SCRIPTS, "    while running.any():\n", "    while running.any():\n        env.obs_rms.update(obs)\n"),
-    ("observation statistics of the first reset only", SCRIPTS, "        self.obs_rms.update(obs)\n        self.sums", "        self.sums"),
-    ("returns cross episodes", SCRIPTS, "self.sums[:, done] = 0", "pass"),
-    ("returns not discounted in the statistics", SCRIPTS, "[[self.gamma], [1], [1]]", "[[1], [1], [1]]"),
-    ("actions not clipped", SCRIPTS, "actions.clamp(-1, 1).cpu()", "actions.cpu()"),
-    ("actions not scaled to the actuators", SCRIPTS, "self.action_mid + self.action_half * actions", "actions"),
-    ("outputs in agent order, not on the actuators", SCRIPTS, "action_ids[partition.act_ids[i]] =", "action_ids[np.sort(partition.act_ids[i])] ="),
-    ("agents see the first entries", SCRIPTS, "obs_ids[i, : len(ids)] = ids", "obs_ids[i, : len(ids)] = np.arange(len(ids))"),
-    ("shared network does not learn the agent's id", SCRIPTS, "obs_dim + np.eye(num_agents, dtype=int)", "obs_dim + 0 * np.eye(num_agents, dtype=int)"),
-    ("a padded observation is not zero", SCRIPTS, "torch.tensor([0.0, 1.0])", "torch.tensor([0.5, 1.0])"),
-    ("parameters not shared", SCRIPTS, "actor.theta = self.joint.theta if args.share_param", "actor.theta = nn.Parameter(self.joint.theta.data.clone()) if args.share_param"),
-    ("the rollout keeps the first parameters", SCRIPTS, "nn.Parameter(self.joint.theta.data[i])", "nn.Parameter(self.joint.theta.data[i].clone())"),
-    ("minibatches not from the seed", SCRIPTS, "torch.randperm(batch_size, generator=generator)", "torch.randperm(batch_size)"),
-    ("critic sees the wrong rows", SCRIPTS, "critic(obs[mb]).squeeze(-1) - returns[mb]", "critic(obs[mb]).squeeze(-1) - returns[mb].flip(0)"),
-    ("value loss broadcast to a matrix", SCRIPTS, "critic(obs[mb]).squeeze(-1) - returns[mb]", "critic(obs[mb]) - returns[mb]"),
-    ("one physics step per environment step", ("envs/tasks.py",), "self.batch.step(nstep=self.env.frame_skip)", "self.batch.step(nstep=1)"),
-    ("contact forces never computed", ("envs/tasks.py",), "                mujoco.mj_rnePostConstraint(self.env.model, self._data)\n", ""),
-    ("time limit off by one", ("envs/tasks.py",), "self._elapsed_steps >= self.max_episode_steps", "self._elapsed_steps > self.max_episode_steps"),
-    ("elapsed steps not reset", ("envs/tasks.py",), "        self._elapsed_steps[ids] = 0\n", ""),
-    ("all environments have one seed", ("envs/tasks.py",), "seed + i for i in", "seed for i in"),
-    ("first observation of the next episode not returned", ("envs/tasks.py",), "            observations[done] = self._observation()[done]\n", ""),
-    ("a diverged simulation goes on", ("envs/tasks.py",), "            terminations |= diverged\n", ""),
-    ("control cost a mean", ("envs/tasks.py",), "np.square(actions).sum(axis=1)\n\n\nclass HalfCheetah", "np.square(actions).mean(axis=1)\n\n\nclass HalfCheetah"),
-    ("Hopper's velocities not clipped", ("envs/tasks.py",), "np.clip(self.qvel, -10, 10)", "self.qvel"),
-    ("joints one edge too far", ("envs/partition.py",), "np.linalg.matrix_power(graph, agent_obsk)", "np.linalg.matrix_power(graph, agent_obsk + 1)"),
-    ("Ant's diagonals swapped for sides", ("envs/partition.py",), '"2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]]', '"2x4d": [[2, 3, 6, 7], [4, 5, 0, 1]]'),
-    ("the root hidden from the agents", ("envs/partition.py",), "if entry not in jointed and entry[0] not in BODY_FIELDS", "if entry[0] == 'global'"),
-    ("neighbours across the world body", ("envs/partition.py",), 'return "root", model.body_rootid[model.jnt_bodyid[joint]]', 'return "root", 0'),
-    # Runs
-    ("generator not restored", SCRIPTS, 'generator.set_state(checkpoint["generator"])', "pass"),
-    ("observation not restored", SCRIPTS, 'obs, start_step = env.obs, checkpoint["step"]', 'start_step = checkpoint["step"]'),
-    ("returns not restored", SCRIPTS, 'self.sums, self.obs = np.array(state["sums"]), state', 'self.obs = state'),
-    ("the actors' optimiser not saved", SCRIPTS[:2], 'saved["actor_optimizer"] = actor_optimizer =', "actor_optimizer ="),
-    ("evaluation samples", SCRIPTS, "policy.act(env.normalize(obs))", "policy.act(env.normalize(obs), Generator())"),
-    ("short episodes counted twice", SCRIPTS, "returns + running * rewards", "returns + rewards"),
-    ("points logged twice after a kill", SCRIPTS, "purge_step=start_step + 1 if checkpoint else None", "purge_step=None"),
-    ("checkpoint runs ahead of the log", SCRIPTS, "writer.flush()  # first", "pass  # first"),
-    ("a checkpoint is written in place", SCRIPTS, '    path.with_suffix(".tmp").replace(path)\n', '    path.write_bytes(path.with_suffix(".tmp").read_bytes())\n'),
-    ("flags beside --resume ignored", SCRIPTS, "    return tyro.cli(Args, description=__doc__, default=default), checkpoint", "    return default, checkpoint"),
-    ("a stopped run's --run-dir overwritten", SCRIPTS, "exist_ok=args.run_dir == args.resume", "exist_ok=True"),
-    ("no lock", SCRIPTS, "        lock.acquire(blocking=False)\n", ""),
-    ("a checkpoint may run code", SCRIPTS, 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
-    ("another exit code", SCRIPTS, "code=130", "code=1"),
-    ("NEXT_STEP autoreset accepted", SCRIPTS, "!= gym.vector.AutoresetMode.SAME_STEP", "is None"),
-    ("not finite goes on", SCRIPTS, "if not np.isfinite(value):", "if False:"),
-    ("elapsed steps not restored", ("envs/tasks.py",), 'self._elapsed_steps[:] = state["elapsed_steps"]', "pass"),
-    ("reset noise not restored", ("envs/tasks.py",), "            rng.bit_generator.state = rng_state", "            pass"),
-    ("last position not restored", ("envs/tasks.py",), 'self._last_position[:] = state["last_position"]', "pass"),
-    ("a limb in another agent's colour", ("evaluate.py",), ".append(agent)\n", ".append(0)\n"),
-    ("film changes the simulation", ("evaluate.py",), "self.env.data.qpos[:], self.env.data.qvel[:] = self.base.qpos[0], self.base.qvel[0]", "self.base.qvel[0] = 0"),
-    # IPPO
-    ("all agents follow the first one's advantages", ("ippo_mamujoco.py",), "logprobs[i][mb], M[i][mb]", "logprobs[i][mb], M[0][mb]"),
-    ("all agents' critics fit the first one's returns", ("ippo_mamujoco.py",), "b_returns, b_advantages = returns.flatten(1),", "b_returns, b_advantages = returns[:1].expand_as(returns).flatten(1),"),
-    ("advantages of the first critic for all", ("ippo_mamujoco.py",), "[advantages.flatten() for advantages, _ in gaes]", "[gaes[0][0].flatten() for _ in gaes]"),
-    # Later
-    ("a reset keeps the old velocities", ("envs/tasks.py",), "self.qpos[i], self.qvel[i] = qpos, qvel", "self.qpos[i] = qpos"),
-    ("each actor climbs among the others' new actions", ("maddpg_mamujoco.py",), "torch.where(policy.drives[:, None], policy(obs), actions)", "policy(obs).expand(len(policy.drives), -1, -1)"),
-    ("one actor's loss counts for all", ("maddpg_mamujoco.py",), "losses.sum(), policy.joint", "losses[0] + 0 * losses.sum(), policy.joint"),
-]  # fmt: skip
+# By the test file that should catch them, and words of the tests in it (pytest's -k) where it is a slow one: what is
+# wrong, the files, the line's text, what it becomes. The text occurs exactly once in each of the files.
+FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
+    "updates: clipping or loss_and or entropy_bonus": [
+        ("sign of the clipped objective", PPO, "policy_loss = -torch.min(", "policy_loss = torch.min("),
+        ("max instead of min", PPO, "-torch.min(", "-torch.max("),
+        ("only the upper side clipped", PPO, "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)", "ratio.clamp(max=1 + args.clip_coef)"),
+        ("only the lower side clipped", PPO, "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)", "ratio.clamp(min=1 - args.clip_coef)"),
+        ("entropy bonus as a penalty", PPO, "policy_loss - args.ent_coef * entropy", "policy_loss + args.ent_coef * entropy"),
+        ("entropy bonus a sum over the batch", PPO, "entropy = dist.entropy().mean()", "entropy = dist.entropy().sum()"),
+        ("fraction of what was not clipped logged", PPO, "(ratio != clipped_ratio)", "(ratio == clipped_ratio)"),
+    ],
+    "updates: one_ppo_after or one_ppo_per_agent or shared_parameters": [
+        ("KL estimated by the mean log-ratio", ON_POLICY, "return (logratio.exp() - 1 - logratio).mean()", "return -logratio.mean()"),
+        ("gradient never clipped", PPO, "nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)", "pass"),
+        ("gradients pile up (HAPPO)", (HAPPO,), "                optimizer.zero_grad()  # sets", "                pass  # sets"),
+        ("Adam moves the agents whose turn it is not", (HAPPO,), "optimizer.zero_grad()  # sets", "optimizer.zero_grad(set_to_none=False)  # sets"),
+        ("gradients pile up (MAPPO, IPPO)", SIMULTANEOUS, "            optimizer.zero_grad()\n            for i in range(num_agents):\n", "            for i in range(num_agents):\n"),
+        ("a step of Adam for each agent of a shared network", SIMULTANEOUS, "            optimizer.step()\n    for i in range(num_agents):\n", "                optimizer.step()\n    for i in range(num_agents):\n"),
+        ("minibatches of consecutive rows", PPO, "torch.randperm(len(obs[0])).chunk(", "torch.arange(len(obs[0])).chunk("),
+        ("one minibatch per pass", PPO, "torch.randperm(len(obs[0])).chunk(args.num_minibatches)", "torch.randperm(len(obs[0])).chunk(1)"),
+        ("one pass over the batch", PPO, "range(args.update_epochs)", "range(1)"),
+    ],
+    "updates: critic_update or minibatches": [
+        ("critic sees the wrong rows", ON_POLICY, "critic(obs[mb]).squeeze(-1), returns[mb]", "critic(obs[mb]).squeeze(-1), returns[mb].flip(0)"),
+        ("value loss broadcast to a matrix", ON_POLICY, "critic(obs[mb]).squeeze(-1), returns[mb]", "critic(obs[mb]), returns[mb]"),
+        ("value loss without its half", ON_POLICY, "loss = 0.5 * mse_loss(", "loss = mse_loss("),
+        ("value loss before the fit logged", ON_POLICY, "        return 0.5 * mse_loss(critic(obs).squeeze(-1), returns)", "        return loss.detach()"),
+        ("the critic's one pass over the batch", ON_POLICY, "range(args.critic_epochs)", "range(1)"),
+        ("the critic's minibatches of consecutive rows", ON_POLICY, "torch.randperm(len(returns)).chunk(", "torch.arange(len(returns)).chunk("),
+        ("the critic's gradients pile up", ON_POLICY, "            optimizer.zero_grad()\n            loss.backward()\n            nn.utils.clip_grad_norm_(critic", "            loss.backward()\n            nn.utils.clip_grad_norm_(critic"),
+        ("the critic's gradient never clipped", ON_POLICY, "nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)", "pass"),
+    ],
+    "updates: shared_parameters or M_is or one_trpo_after or with_one_agent": [
+        ("M not updated", (HAPPO,), "        M = M * logratio.exp()\n", ""),
+        ("M not updated (HATRPO)", (HATRPO,), "        M = M * logratio.exp()\n", ""),
+        ("M multiplied with the inverse ratio", (HAPPO,), "M = M * logratio.exp()", "M = M / logratio.exp()"),
+        ("M multiplied with the inverse ratio (HATRPO)", (HATRPO,), "M = M * logratio.exp()", "M = M / logratio.exp()"),
+        ("M starts again from A", (HAPPO,), "M = M * logratio.exp()", "M = advantages * logratio.exp()"),
+        ("M starts again from A (HATRPO)", (HATRPO,), "M = M * logratio.exp()", "M = advantages * logratio.exp()"),
+        ("M normalised after each agent", SEQUENTIAL, "        M = M * logratio.exp()\n", "        M = M * logratio.exp()\n        M = M / M.std()\n"),
+        ("M clipped", SEQUENTIAL, "M = M * logratio.exp()", "M = M * logratio.exp().clamp(0.9, 1.1)"),
+        ("spread of A logged for that of M", SEQUENTIAL, '"losses/M_std"] = M.std()', '"losses/M_std"] = advantages.std()'),
+        ("the actors see A instead of M", (HAPPO,), "logprobs[i][mb], M[mb], args", "logprobs[i][mb], advantages[mb], args"),
+        ("the actors see A instead of M (HATRPO)", (HATRPO,), "logprobs[i], M, joint_logratio", "logprobs[i], advantages, joint_logratio"),
+        ("M of other rows", (HAPPO,), "logprobs[i][mb], M[mb], args", "logprobs[i][mb], M[: len(mb)], args"),
+        ("M from the policy before its last update", (HAPPO,), "            _, logratio, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)\n", "            _, _, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)\n            logratio = torch.zeros_like(M).index_copy(0, mb, logratio)\n"),
+        ("M from the next agent's policy", (HAPPO,), "_, logratio, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)", "_, logratio, stats = ppo_loss(actors[i - 1], obs[i - 1], actions[i - 1], logprobs[i - 1], M, args)"),
+        ("pi_old of an agent after the others' updates", SEQUENTIAL, "    for m, i in enumerate(order, start=1):\n", "    for m, i in enumerate(order, start=1):\n        logprobs[i] = actors[i](obs[i]).log_prob(actions[i]).detach()\n"),
+    ],
+    "updates: order": [
+        ("order never random", SEQUENTIAL, "torch.randperm(num_agents).tolist()", "range(num_agents)"),
+        ("--fixed-order ignored", SEQUENTIAL, "range(num_agents) if args.fixed_order else ", ""),
+    ],
+    "updates: one_ppo_after or one_trpo_after or one_ppo_per_agent": [
+        ("joint policy not bounded", (HAPPO,), "joint_kl > args.target_kl * m / num_agents", "False"),
+        ("every agent may use the whole bound", (HAPPO,), "joint_kl > args.target_kl * m / num_agents", "joint_kl > args.target_kl"),
+        ("every agent gets the first one's share", (HAPPO,), "joint_kl > args.target_kl * m / num_agents", "joint_kl > args.target_kl / num_agents"),
+        ("one agent bounded, not the joint policy", (HAPPO,), "approx_kl(joint_logratio[mb] + logratio.detach())", "approx_kl(logratio.detach())"),
+        ("the earlier agents' log-ratios not added up", (HAPPO,), "joint_logratio += logratio", "joint_logratio = logratio"),
+        ("the earlier agents' log-ratios not added up (HATRPO)", (HATRPO,), "joint_logratio += logratio", "joint_logratio = logratio"),
+        ("the earlier agents' log-ratios of other rows", (HAPPO,), "joint_logratio[mb] + logratio", "joint_logratio[: len(mb)] + logratio"),
+        ("the first minibatch over the bound ends the pass", (HAPPO,), "                    continue\n", "                    break\n"),
+        ("every agent gets the joint policy's radius", (HATRPO,), "delta = args.target_kl / num_agents", "delta = args.target_kl"),
+        ("all agents follow the first one's advantages", (IPPO,), "logprobs[i][mb], M[i][mb], args", "logprobs[i][mb], M[0][mb], args"),
+        ("the first one's advantages in the log of all", (IPPO,), "logprobs[i], M[i], args", "logprobs[i], M[0], args"),
+    ],
+    "trust_region": [
+        ("entropy bonus as a penalty (HATRPO)", (HATRPO,), "+ args.ent_coef * dist.entropy()", "- args.ent_coef * dist.entropy()"),
+        ("Fisher matrix with the wrong sign", (HATRPO,), "lambda v: -flat_gradient(", "lambda v: flat_gradient("),
+        ("Fisher matrix on the wrong rows' scale", (HATRPO,), "kl_divergence(actor(obs), new_actor(obs)).mean()", "kl_divergence(actor(obs), new_actor(obs)).sum()"),
+        ("KL the wrong way round", (HATRPO,), "kl_divergence(dist, new_dist)", "kl_divergence(new_dist, dist)"),
+        ("no damping", (HATRPO,), "H_direction + c * direction", "H_direction"),
+        ("damping that is no fraction of the curvature", (HATRPO,), "c = damping * (b @ H_direction) / rr", "c = damping"),
+        ("curvature per norm instead of squared norm", (HATRPO,), "(b @ H_direction) / rr", "(b @ H_direction) / rr.sqrt()"),
+        ("curvature of every direction", (HATRPO,), "        if i == 0:", "        if True:"),
+        ("steepest descent for conjugate gradient", (HATRPO,), "direction = residual + new_rr / rr * direction", "direction = residual"),
+        ("conjugate gradient never stops", (HATRPO,), "        if rr < 1e-10:\n            break\n", ""),
+        ("one iteration too few", (HATRPO,), "range(cg_iters)", "range(cg_iters - 1)"),
+        ("Hx not summed up", (HATRPO,), "Hx = Hx + alpha * H_direction", "Hx = alpha * H_direction"),
+        ("length of the step from the damped matrix", (HATRPO,), "Hx = Hx + alpha * H_direction", "Hx = Hx + alpha * damped"),
+        ("half the KL", (HATRPO,), "torch.sqrt(2 * delta", "torch.sqrt(delta"),
+        ("KL not checked in the line search", (HATRPO,), " * expected_gain and kl <= delta:", " * expected_gain:"),
+        ("gain not checked in the line search", (HATRPO,), "if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl", "if kl"),
+        ("a gain of 0 is enough", (HATRPO,), "if gain > 0 and gain >=", "if gain >="),
+        ("gain of a full step expected from a short one", (HATRPO,), "args.accept_ratio * scale * expected_gain", "args.accept_ratio * expected_gain"),
+        ("one backtrack too few", (HATRPO,), "range(args.backtrack_iters + 1)", "range(args.backtrack_iters)"),
+        ("a shortened step is not shorter", (HATRPO,), "theta + scale * step", "theta + step"),
+        ("rejected step's KL and gain reported", (HATRPO,), '"surrogate_gain": 0, "kl": 0', '"surrogate_gain": gain, "kl": kl'),
+        ("rejected step kept", (HATRPO,), '    stats |= {"accepted": 0', '    actor.load_state_dict(new_actor.state_dict())\n    stats |= {"accepted": 0'),
+        ("M follows a rejected step", (HATRPO,), "return logratio.detach(), stats", "return new_logratio, stats"),
+        ("accepted step not taken", (HATRPO,), "            actor.load_state_dict(new_actor.state_dict())\n", ""),
+        ("the batch's KL of one agent, not of the joint policy", (HATRPO,), "approx_kl(joint_logratio + new_logratio)", "approx_kl(new_logratio)"),
+        ("the batch's KL not checked", (HATRPO,), "if args.sampled_kl and joint_kl > m * delta:", "if False:"),
+        ("the batch's KL gets one share for all agents", (HATRPO,), "joint_kl > m * delta", "joint_kl > delta"),
+        ("the batch's KL gets all the shares at once", (HATRPO,), "joint_kl > m * delta", "joint_kl > args.target_kl"),
+        ("--no-sampled-kl ignored", (HATRPO,), "if args.sampled_kl and joint_kl", "if joint_kl"),
+        ("cosine of something else", (HATRPO,), "expected_gain / (step.norm() * gradient.norm())", "expected_gain / (step.norm() * step.norm())"),
+    ],
+    "gae": [
+        ("truncation taken for termination", ON_POLICY, "gamma * (1 - terminations) * next_values", "gamma * (1 - terminations) * (1 - truncations) * next_values"),
+        ("termination ignored", ON_POLICY, "gamma * (1 - terminations) * next_values", "gamma * next_values"),
+        ("advantages cross truncations", ON_POLICY, "(1 - terminations) * (1 - truncations)  # nothing", "(1 - terminations)  # nothing"),
+        ("advantages cross terminations", ON_POLICY, "(1 - terminations) * (1 - truncations)  # nothing", "(1 - truncations)  # nothing"),
+        ("GAE off by one", ON_POLICY, "not_done[t] * last", "not_done[t - 1] * last"),
+        ("lambda forgotten", ON_POLICY, "gamma * gae_lambda * not_done", "gamma * not_done"),
+        ("returns from the next values", ON_POLICY, "return advantages, advantages + values", "return advantages, advantages + next_values"),
+        ("next episode's observation leaks into the ended one", ON_POLICY, 'next_obs[done] = self.normalize(np.stack(infos["final_obs"][done]))', "pass"),
+        ("evaluation moves the statistics", ON_POLICY, "    while running.any():\n", "    while running.any():\n        env.obs_rms.update(obs)\n"),
+        ("observation statistics of the first reset only", ON_POLICY, "        self.obs_rms.update(obs)\n        self.discounted", "        self.discounted"),
+        ("observation statistics without the first reset", ON_POLICY, "        self.obs_rms.update(obs)\n        self.obs = self.normalize(obs)\n\n", "        self.obs = self.normalize(obs)\n\n"),
+        ("observations not clipped", ON_POLICY, "torch.tensor(np.clip(obs, -10, 10)", "torch.tensor(obs"),
+        ("discounted returns cross episodes", ON_POLICY, "            self.discounted[done] = 0\n", ""),
+        ("returns cross episodes", ON_POLICY, "            self.returns[done] = 0\n", ""),
+        ("lengths cross episodes", ON_POLICY, "            self.lengths[done] = 0\n", ""),
+        ("returns not discounted in the statistics", ON_POLICY, "self.gamma * self.discounted + rewards", "self.discounted + rewards"),
+        ("rewards not normalised", ON_POLICY, "np.clip(rewards / np.sqrt(self.return_rms.var + 1e-8), -10, 10)", "np.clip(rewards, -10, 10)"),
+        ("rewards not clipped", ON_POLICY, "np.clip(rewards / np.sqrt(self.return_rms.var + 1e-8), -10, 10)", "rewards / np.sqrt(self.return_rms.var + 1e-8)"),
+        ("actions not clipped", ON_POLICY, "        actions = actions.clamp(-1, 1).numpy()\n        actions = (low + high) / 2 + (high - low) / 2 * actions\n        return np.clip(actions, low, high)", "        return (low + high) / 2 + (high - low) / 2 * actions.numpy()"),
+        ("actions only clipped before scaling", ON_POLICY, "return np.clip(actions, low, high)", "return actions"),
+        ("actions not scaled to the actuators", ON_POLICY, "        actions = (low + high) / 2 + (high - low) / 2 * actions\n", ""),
+        ("ranges of actuators taken for symmetric", ON_POLICY, "(low + high) / 2 + (high - low) / 2 * actions", "(high - low) / 2 * actions"),
+        ("NEXT_STEP autoreset accepted", ON_POLICY, "!= AutoresetMode.SAME_STEP", "is None"),
+        ("statistics not restored", ON_POLICY, "            rms.mean, rms.var, rms.count = map(np.array, state[name])\n", "            pass\n"),
+        ("the observation after the action stored", ON_POLICY, " = env.step(action)\n", " = env.step(action)\n            obs[t] = env.obs\n"),
+        ("terminations and truncations swapped", ON_POLICY, "next_obs[t], rewards[t], terminations[t], truncations[t] =", "next_obs[t], rewards[t], truncations[t], terminations[t] ="),
+        ("next values of the observation itself", CENTRAL, "critic(next_obs).squeeze(-1)", "critic(obs).squeeze(-1)"),
+        ("advantages not normalised", CENTRAL, "        b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)\n", ""),
+        ("advantages not centred", CENTRAL, "(b_advantages - b_advantages.mean()) / (", "b_advantages / ("),
+        ("the critic's targets are the advantages", CENTRAL, "b_returns = returns.flatten()", "b_returns = advantages.flatten()"),
+        ("an agent's actions of the first actuators", ON_POLICY, "[actions.flatten(0, 1)[:, ids] for ids in policy.act_ids]", "[actions.flatten(0, 1)[:, : len(ids)] for ids in policy.act_ids]"),
+        ("the rollout plays without noise", ON_POLICY, "policy.act(env.obs, noise=True)", "policy.act(env.obs, noise=False)"),
+    ],
+    "policy": [
+        ("log_std taken for the log of the variance", ON_POLICY, "self.log_std.exp(), validate", "(self.log_std / 2).exp(), validate"),
+        ("log-probability not summed over dimensions", ON_POLICY, "return Independent(normal, 1,", "return Independent(normal, 0,"),
+        ("first actions not near 0", ON_POLICY, "act_dim), 0.01)", "act_dim), 1.0)"),
+        ("biases of PyTorch's own initialisation", ALL, "        nn.init.zeros_(layer.bias)\n", ""),
+        ("hidden layers with a gain of 1", ALL, "nn.init.orthogonal_(layer.weight, 2**0.5)", "nn.init.orthogonal_(layer.weight)"),
+        ("last layer with the gain of the others", ALL, "nn.init.orthogonal_(layer.weight, output_gain)", "pass"),
+        ("ReLU after the last layer", ALL, "nn.Sequential(*layers[:-1])", "nn.Sequential(*layers)"),
+        ("outputs in the agents' order", ON_POLICY, "torch.cat(actions, dim=1)[:, self.flat_order]", "torch.cat(actions, dim=1)"),
+        ("the inverse order of the actuators", ON_POLICY, "torch.cat(self.act_ids).argsort()", "torch.cat(self.act_ids)"),
+        ("agents see the first entries", ON_POLICY, "self.obs_ids = [torch.as_tensor(ids) for ids in partition.obs_ids]", "self.obs_ids = [torch.arange(len(ids)) for ids in partition.obs_ids]"),
+        ("padding with the first observation", ON_POLICY, "padding_value=obs_dim\n", "padding_value=0\n"),
+        ("padding with ones", ON_POLICY, "padding_value=obs_dim\n", "padding_value=obs_dim + 1\n"),
+        ("shared network does not learn the agent's id", ON_POLICY, "obs_dim + torch.eye(len(padded), dtype=torch.int64)", "obs_dim + 0 * torch.eye(len(padded), dtype=torch.int64)"),
+        ("agent's id with zero and one swapped", ON_POLICY, "obs_dim + torch.eye(len(padded), dtype=torch.int64)", "obs_dim + 1 - torch.eye(len(padded), dtype=torch.int64)"),
+        ("a padded observation is not zero", ON_POLICY, "torch.tensor([0.0, 1.0]", "torch.tensor([0.5, 1.0]"),
+        ("parameters not shared", ON_POLICY, "actors = actors[:1] * len(actors)", "pass"),
+        ("unequal agents share a network", ON_POLICY, "if len(set(map(len, self.act_ids))) > 1:", "if False:"),
+        ("evaluation samples", ON_POLICY, "dist.sample() if noise else dist.mode", "dist.sample()"),
+        ("actors keep a graph of the rollout", ON_POLICY, "    @torch.inference_mode()\n", ""),
+    ],
+    "tasks": [
+        ("one physics step per environment step", TASKS, "self.batch.step(nstep=self.env.frame_skip)", "self.batch.step(nstep=1)"),
+        ("contact forces never computed", TASKS, "                mujoco.mj_rnePostConstraint(self.env.model, self._data)\n", ""),
+        ("contact forces of the ended episode", TASKS, "        self.cfrc_ext[ids] = 0\n", ""),
+        ("time limit off by one", TASKS, "self._elapsed_steps >= self.max_episode_steps", "self._elapsed_steps > self.max_episode_steps"),
+        ("elapsed steps not reset", TASKS, "        self._elapsed_steps[ids] = 0\n", ""),
+        ("last position not reset", TASKS, "        self._last_position[ids] = position[ids]\n", ""),
+        ("all environments have one seed", TASKS, "seed + i for i in", "seed for i in"),
+        ("first observation of the next episode not returned", TASKS, "            observations[done] = self._observation()[done]\n", ""),
+        ("last observations share an array", TASKS, "observations[i].copy()", "observations[i]"),
+        ("a diverged simulation goes on", TASKS, "            terminations |= diverged\n", ""),
+        ("a diverged simulation is rewarded", TASKS, "            rewards[diverged] = 0\n", ""),
+        ("control cost a mean", TASKS, "return self.env._ctrl_cost_weight * np.square(actions).sum(axis=1)", "return self.env._ctrl_cost_weight * np.square(actions).mean(axis=1)"),
+        ("Hopper's velocities not clipped", TASKS, "np.clip(self.qvel, -10, 10)", "self.qvel"),
+        ("a reset keeps the old velocities", TASKS, "        self.qvel[i] = qvel\n", ""),
+        ("wrong shapes broadcast", TASKS, "if actions.shape != self.ctrl.shape:", "if False:"),
+    ],
+    "partition": [
+        ("joints one edge too far", PARTITION, "np.linalg.matrix_power(graph, agent_obsk)", "np.linalg.matrix_power(graph, agent_obsk + 1)"),
+        ("Ant's diagonals swapped for sides", PARTITION, '"2x4d": [[2, 3, 0, 1], [4, 5, 6, 7]]', '"2x4d": [[2, 3, 6, 7], [4, 5, 0, 1]]'),
+        ("the root hidden from the agents", PARTITION, "if entry not in jointed and entry[0] not in BODY_FIELDS", "if entry[0] == 'global'"),
+        ("neighbours across the world body", PARTITION, 'return "root", model.body_rootid[model.jnt_bodyid[joint]]', 'return "root", 0'),
+        ("an actuator of no agent accepted", PARTITION, "if not all(act_ids) or used != list(range(num_actuators)):", "if not all(act_ids):"),
+        ("two actuators on a joint accepted", PARTITION, "if not is_joint.all() or len(set(joints)) < len(joints):", "if not is_joint.all():"),
+        ("Gymnasium's robots without a time limit accepted", GYMNASIUM, "if _time_limit(self.envs[0]) is None:", "if False:"),
+    ],
+    "runs: resumed_run_is": [
+        ("generator not restored", ON_POLICY, '        torch.set_rng_state(checkpoint["rng"])\n', ""),
+        ("observation not restored", ON_POLICY, '        self.obs = state["obs"]\n', ""),
+        ("simulations not restored", ON_POLICY, '        self.vec.set_state(state["vec"])\n', ""),
+        ("returns not restored", ON_POLICY, 'for name in ("discounted", "returns", "lengths"):\n            setattr', 'for name in ("discounted", "lengths"):\n            setattr'),
+        ("discounted returns not restored", ON_POLICY, 'for name in ("discounted", "returns", "lengths"):\n            setattr', 'for name in ("returns", "lengths"):\n            setattr'),
+        ("the actors' optimiser not saved", PPO, '        "actor_optimizer": actor_optimizer,\n', ""),
+        ("the critic's optimiser not saved", ON_POLICY, '        "critic_optimizer": critic_optimizer,\n', ""),
+        ("the critic not saved", ON_POLICY, '        "critic": critic,\n', ""),
+    ],
+    "runs: evaluation": [
+        ("evaluation in the training's environments", ON_POLICY, "log |= evaluate(eval_vec, ", "log |= evaluate(vec, "),
+        ("evaluation from other start states every time", ON_POLICY, "policy.cpu(), eval_seed)", "policy.cpu(), global_step)"),
+        ("episodes after the first count in the evaluation", ON_POLICY, "returns += running * rewards", "returns += rewards"),
+        ("lengths after the first episode count in the evaluation", ON_POLICY, "lengths += running", "lengths += 1"),
+    ],
+    "runs: killed_run or log_is_written": [
+        ("points logged twice after a kill", ON_POLICY, "purge_step=start_step + 1", "purge_step=None"),
+        ("the checkpoint's own points hidden", ON_POLICY, "purge_step=start_step + 1", "purge_step=start_step"),
+        ("checkpoint runs ahead of the log", ON_POLICY, "            writer.flush()  # first", "            pass  # first"),
+    ],
+    "runs: a_checkpoint_is_replaced": [
+        ("a checkpoint is written in place", ALL, '    path.with_suffix(".tmp").replace(path)\n', '    path.write_bytes(path.with_suffix(".tmp").read_bytes())\n'),
+    ],
+    "runs: killed_run or resumed_run_is": [
+        ("no checkpoint but the last", ON_POLICY, "if last or global_step % args.checkpoint_interval < batch_size:", "if last:"),
+        ("no checkpoint at the end", ON_POLICY, "if last or global_step % args.checkpoint_interval < batch_size:", "if global_step % args.checkpoint_interval < batch_size:"),
+        ("no evaluation at the end", ON_POLICY, "if last or global_step % args.eval_interval < batch_size:", "if global_step % args.eval_interval < batch_size:"),
+    ],
+    "runs: flags_beside or in_a_shell": [
+        ("flags beside --resume ignored", ON_POLICY, "args = tyro.cli(Args, description=__doc__, default=default)", "args = default"),
+        ("a moved run goes on where it was", ON_POLICY, 'saved | {"run_dir": args.resume, "resume": args.resume}', 'saved | {"resume": args.resume}'),
+    ],
+    "runs: another_script or cannot_go_on or equal_sizes": [
+        ("another script's checkpoint accepted", ON_POLICY, "if script != SCRIPT:", "if False:"),
+        ("nothing compared by --resume", ON_POLICY, "for name in KEPT:", "for name in ():"),
+        ("env_id not compared by --resume", ON_POLICY, 'KEPT = ("env_id", ', "KEPT = ("),
+        ("agent_obsk not compared by --resume", ON_POLICY, '"env_id", "agent_obsk", "num_envs"', '"env_id", "num_envs"'),
+        ("num_envs not compared by --resume", ON_POLICY, '"agent_obsk", "num_envs", "hidden_sizes"', '"agent_obsk", "hidden_sizes"'),
+        ("hidden_sizes not compared by --resume", ON_POLICY, '"num_envs", "hidden_sizes", "share_param"', '"num_envs", "share_param"'),
+        ("share_param not compared by --resume", ON_POLICY, '"hidden_sizes", "share_param")', '"hidden_sizes")'),
+        ("a stopped run's --run-dir overwritten", ON_POLICY, "exist_ok=args.run_dir == args.resume", "exist_ok=True"),
+        ("a run that is over goes on", ON_POLICY, "if args.total_timesteps < start_step + batch_size:", "if False:"),
+    ],
+    "runs: hostile": [
+        ("a checkpoint may run code", ON_POLICY, 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+    ],
+    "runs: ctrl_c": [
+        ("another exit code", ON_POLICY, "sys.exit(130)", "sys.exit(1)"),
+        ("Ctrl-C names no directory", ON_POLICY, 'if Path(cli_args.run_dir, "checkpoint.pt").exists():', "if False:"),
+        ("Ctrl-C names a directory without a checkpoint", ON_POLICY, 'if Path(cli_args.run_dir, "checkpoint.pt").exists():', "if True:"),
+    ],
+    "runs: annealing": [
+        ("annealing one iteration ahead", ON_POLICY, "1 - (global_step - batch_size) / args.total_timesteps", "1 - global_step / args.total_timesteps"),
+        ("the actors' rate not annealed", PPO, 'actor_optimizer.param_groups[0]["lr"] = lr_scale * args.learning_rate', 'actor_optimizer.param_groups[0]["lr"] = args.learning_rate'),
+        ("the critic's rate not annealed", ON_POLICY, "= lr_scale * args.critic_learning_rate", "= args.critic_learning_rate"),
+    ],
+    "runs: track or wandb": [
+        ("wandb run id not kept", ON_POLICY, "        args.wandb_run_id = run.id\n", ""),
+        ("wandb run id not given", ON_POLICY, "id=args.wandb_run_id or None,", "id=None,"),
+        ("directory left when --track fails", ON_POLICY, "            if args.run_dir != args.resume:\n                run_dir.rmdir()\n", ""),
+        ("directory of a resumed run removed when --track fails", ON_POLICY, "            if args.run_dir != args.resume:\n                run_dir.rmdir()\n", "            run_dir.rmdir()\n"),
+    ],
+    "runs: environments_go_on": [
+        ("elapsed steps not restored", TASKS, '        self._elapsed_steps[:] = state["elapsed_steps"]\n', ""),
+        ("reset noise not restored", TASKS, "            rng.bit_generator.state = rng_state", "            pass"),
+        ("last position not restored", TASKS, '        self._last_position[:] = state["last_position"]\n', ""),
+        ("number of diverged simulations not restored", TASKS, '        self.num_diverged = state["num_diverged"]\n', ""),
+        ("elapsed steps of Gymnasium's robots not restored", GYMNASIUM, '            _time_limit(env)._elapsed_steps = saved["elapsed_steps"]\n', ""),
+        ("reset noise of Gymnasium's robots not restored", GYMNASIUM, '            env.unwrapped.np_random.bit_generator.state = saved["rng"]\n', ""),
+    ],
+    "scripts: not_finite": [
+        ("not finite goes on", ON_POLICY, "if not np.isfinite(float(value)):", "if False:"),
+    ],
+    "scripts: same_seed": [
+        ("runs of neighbouring seeds overlap", ON_POLICY, "seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()", "seeds = [args.seed, args.seed, args.seed + 1]"),
+        ("networks not from the seed", ON_POLICY, "    torch.manual_seed(torch_seed)\n", ""),
+        ("start states not from the seed", ON_POLICY, "NormalizedEnv(vec, train_seed, args.gamma)", "NormalizedEnv(vec, None, args.gamma)"),
+    ],
+    "scripts: settings_of_pytorch": [
+        ("PyTorch on all threads", ON_POLICY, "    torch.set_num_threads(1)\n", ""),
+        ("number of threads not restored", ON_POLICY, "        torch.set_num_threads(num_threads)\n", ""),
+        ("PyTorch not deterministic", ON_POLICY, "    torch.use_deterministic_algorithms(True)\n", ""),
+        ("determinism not restored", ON_POLICY, "        torch.use_deterministic_algorithms(was_deterministic)\n", ""),
+        ("settings not restored after an error", ON_POLICY, "    try:\n        yield\n    finally:\n        torch", "    yield\n    if True:\n        torch"),
+    ],
+    "scripts: first_standard or log_and_model": [
+        ("--log-std-init ignored", ON_POLICY, "torch.full((act_dim,), args.log_std_init)", "torch.full((act_dim,), -1.0)"),
+        ("explained variance is the unexplained", ON_POLICY, "= 1 - unexplained", "= unexplained"),
+        ("episodes logged again and again", ON_POLICY, "            env.finished.clear()\n", ""),
+        ("--eval-episodes 0 evaluates", ON_POLICY, "            if args.eval_episodes:\n", "            if True:\n"),
+    ],
+    "device: everything_is_on": [
+        ("actors stay on the CPU", ON_POLICY, "        policy.to(device)\n", ""),
+        ("the rollout stays on the device", ON_POLICY, "        policy.cpu()  # fast", "        pass  # fast"),
+        ("the critic stays on the CPU", CENTRAL, "1), 1.0).to(device)", "1), 1.0)"),
+        ("the critics stay on the CPU", (IPPO,), "    critic.to(device)\n", ""),
+    ],
+    "ippo": [
+        ("all agents' critics fit the first one's returns", (IPPO,), "returns[i].flatten(), args", "returns[0].flatten(), args"),
+        ("values of the first critic for all", (IPPO,), "critic[i](agents_obs[i])", "critic[0](agents_obs[0])"),
+        ("next values of the first critic for all", (IPPO,), "critic[i](agents_next_obs[i])", "critic[0](agents_next_obs[0])"),
+        ("next values of the observation itself (IPPO)", (IPPO,), "policy.observe(next_obs.flatten(0, 1))", "policy.observe(obs.flatten(0, 1))"),
+        ("only the first critic learns", (IPPO,), "critic[i], critic_optimizer, agents_obs[i],", "critic[0], critic_optimizer, agents_obs[0],"),
+        ("advantages centred over all agents", (IPPO,), "b_advantages.mean(1, keepdim=True)", "b_advantages.mean()"),
+        ("advantages scaled over all agents", (IPPO,), "b_advantages.std(1, keepdim=True)", "b_advantages.std()"),
+        ("sum of the value losses logged", (IPPO,), "+= loss / len(critic)", "+= loss"),
+        ("one critic for all with --share-param", (IPPO,), "    critic.to(device)\n", "    if args.share_param:\n        critic = nn.ModuleList([critic[0]] * len(critic))\n    critic.to(device)\n"),
+    ],
+    "maddpg": [
+        ("each actor climbs among the others' new actions", (MADDPG,), "        joint_action[:, ids] = actor(own_obs)\n", "        for other, other_obs, other_ids in zip(actors, agents_obs, act_ids):\n            joint_action[:, other_ids] = other(other_obs).detach()\n        joint_action[:, ids] = actor(own_obs)\n"),
+        ("one actor's loss counts for all", (MADDPG,), "losses.sum().backward(", "(losses[0] + 0 * losses.sum()).backward("),
+        ("actors descend", (MADDPG,), "losses = -critic(", "losses = critic("),
+        ("the actors' gradients pile up", (MADDPG,), "    optimizer.zero_grad()\n    actor_parameters", "    actor_parameters"),
+        ("the critic's gradients pile up (MADDPG)", (MADDPG,), "    optimizer.zero_grad()\n    loss.backward()", "    loss.backward()"),
+        ("actors without their tanh", (MADDPG,), "torch.tanh(self.net(obs))", "self.net(obs)"),
+        ("outputs in the agents' order (MADDPG)", (MADDPG,), "torch.cat(actions, dim=1)[:, self.flat_order]", "torch.cat(actions, dim=1)"),
+        ("the inverse order of the actuators (MADDPG)", (MADDPG,), "torch.cat(self.act_ids).argsort()", "torch.cat(self.act_ids)"),
+        ("agents see the first entries (MADDPG)", (MADDPG,), "self.obs_ids = [torch.as_tensor(ids) for ids in partition.obs_ids]", "self.obs_ids = [torch.arange(len(ids)) for ids in partition.obs_ids]"),
+        ("targets follow at once", (MADDPG,), "target.lerp_(parameter, tau)", "target.lerp_(parameter, 1 - tau)"),
+        ("targets stay", (MADDPG,), "                polyak(target_parameters, parameters, args.tau)\n", ""),
+        ("target of the critic itself", (MADDPG,), "next_values = target_critic(", "next_values = critic("),
+        ("target of the actors themselves", (MADDPG,), "target_critic(b_next_obs, target_policy(b_next_obs))", "target_critic(b_next_obs, policy(b_next_obs))"),
+        ("target discounted by one step", (MADDPG,), "b_discounts * next_values", "args.gamma * next_values"),
+        ("rewards of a window not discounted", (MADDPG,), "(rewards * discounts * counts).sum(1)", "(rewards * counts).sum(1)"),
+        ("a window goes on after its episode", (MADDPG,), "counts = stored & ~ended_before", "counts = stored"),
+        ("the last reward of an episode not counted", (MADDPG,), "ends.cumsum(1) - ends.long() > 0", "ends.cumsum(1) > 0"),
+        ("a window goes on into the oldest steps", (MADDPG,), "stored = window < self.size", "stored = window >= 0"),
+        ("termination ignored (MADDPG)", (MADDPG,), 'gamma**steps * (1 - self.data["terminations"][last, env])', "gamma**steps"),
+        ("truncation taken for termination (MADDPG)", (MADDPG,), 'gamma**steps * (1 - self.data["terminations"][last, env])', 'gamma**steps * (1 - self.data["terminations"][last, env]) * (1 - self.data["truncations"][last, env])'),
+        ("where the first step leads", (MADDPG,), "rows.gather(1, steps[:, None] - 1)", "rows.gather(1, 0 * steps[:, None])"),
+        ("the oldest step at the start of the memory", (MADDPG,), "(self.position - self.size + window)", "(window + 0)"),
+        ("the newest step is never drawn", (MADDPG,), "torch.randint(self.size, ", "torch.randint(max(1, self.size - 1), "),
+        ("one environment is never drawn", (MADDPG,), "torch.randint(self.num_envs, ", "torch.randint(max(1, self.num_envs - 1), "),
+        ("a buffer's position not restored", (MADDPG,), '        self.position = state["position"]\n', ""),
+        ("the buffer not saved", (MADDPG,), '        "buffer": buffer,\n', ""),
+        ("target actors not saved", (MADDPG,), '        "target_policy": target_policy,\n', ""),
+        ("target critic not saved", (MADDPG,), '        "target_critic": target_critic,\n', ""),
+        ("generator not restored (MADDPG)", (MADDPG,), '        torch.set_rng_state(checkpoint["rng"])\n', ""),
+        ("rates not set after a resume", (MADDPG,), '    actor_optimizer.param_groups[0]["lr"] = args.learning_rate\n', '    if not checkpoint:\n        actor_optimizer.param_groups[0]["lr"] = args.learning_rate\n'),
+        ("the critic's rate not set after a resume", (MADDPG,), '    critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate\n', '    if not checkpoint:\n        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate\n'),
+        ("the first observation is not a copy", (MADDPG,), "torch.tensor(obs, dtype=torch.float32)  # a copy", "torch.as_tensor(obs, dtype=torch.float32)  # a copy"),
+        ("an observation is not a copy", (MADDPG,), "        self.obs = torch.tensor(obs, dtype=torch.float32)\n        next_obs", "        self.obs = torch.as_tensor(obs, dtype=torch.float32)\n        next_obs"),
+        ("next episode's observation leaks into the ended one (MADDPG)", (MADDPG,), "next_obs[done] = torch.tensor(final_obs, dtype=torch.float32)", "pass"),
+        ("observation statistics of the first reset only (MADDPG)", (MADDPG,), "        self.obs_rms.update(obs)\n        self.returns", "        self.returns"),
+        ("normalised observations in the buffer", (MADDPG,), "                obs=obs,\n", "                obs=env.normalize(obs),\n"),
+        ("raw observations for the critic", (MADDPG,), "                b_obs = env.normalize(b_obs)\n", ""),
+        ("raw next observations for the targets", (MADDPG,), "                b_next_obs = env.normalize(b_next_obs)\n", ""),
+        ("raw observations for the actors", (MADDPG,), "policy.act(env.normalize(obs), noise=True)", "policy.act(obs, noise=True)"),
+        ("no exploration", (MADDPG,), "policy.act(env.normalize(obs), noise=True)", "policy.act(env.normalize(obs), noise=False)"),
+        ("evaluation explores", (MADDPG,), "        if noise:\n", "        if True:\n"),
+        ("actions out of range in the buffer", (MADDPG,), "return actions.clamp(-1, 1)", "return actions"),
+        ("first actions not from -1 on", (MADDPG,), "2 * torch.rand(args.num_envs, act_dim) - 1", "torch.rand(args.num_envs, act_dim)"),
+        ("no random actions first", (MADDPG,), "if step < args.learning_starts:", "if False:"),
+        ("fractions of updates lost", (MADDPG,), "range(int(updates_after) - int(updates_before))", "range(int(updates_after - updates_before))"),
+        ("a buffer of less than a window accepted", (MADDPG,), "if args.buffer_size < args.num_envs * args.n_step:", "if False:"),
+        ("buffer_size not compared by --resume", (MADDPG,), '"hidden_sizes", "buffer_size")', '"hidden_sizes")'),
+        ("runs of neighbouring seeds overlap (MADDPG)", (MADDPG,), "seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()", "seeds = [args.seed, args.seed, args.seed + 1]"),
+        ("not finite goes on (MADDPG)", (MADDPG,), "if not np.isfinite(float(value)):", "if False:"),
+    ],
+    "evaluate": [
+        ("model.pt read before checkpoint.pt", EVALUATE, '("checkpoint.pt" if (path / "checkpoint.pt").exists() else "model.pt")', '("model.pt" if (path / "model.pt").exists() else "checkpoint.pt")'),
+        ("a model may run code", EVALUATE, 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+        ("MADDPG's actors without their tanh", EVALUATE, "        if self.tanh:\n", "        if False:\n"),
+        ("every actor with a tanh", EVALUATE, "        if self.tanh:\n", "        if True:\n"),
+        ("normalised in the wrong precision", EVALUATE, "torch.float32 if self.tanh else torch.float64", "torch.float32"),
+        ("zero and one swapped", EVALUATE, "torch.tensor([0.0, 1.0])", "torch.tensor([1.0, 0.0])"),
+        ("actions on the first actuators", EVALUATE, "actions[:, act_ids] = net(", "actions[:, range(len(act_ids))] = net("),
+        ("likeliest actions out of range", EVALUATE, "return actions.clamp(-1, 1).numpy()", "return actions.numpy()"),
+        ("actions out of an actuator's range", EVALUATE, "vec.step(np.clip(actions, low, high))", "vec.step(actions)"),
+        ("other start states than the script's", EVALUATE, "vec.reset(seed=eval_seed)", "vec.reset(seed=seed)"),
+        ("episodes after the first count in the score", EVALUATE, "returns += running * rewards", "returns += rewards"),
+        ("another robot's model accepted", EVALUATE, "if vec.single_observation_space.shape != policy.mean.shape or act_ids != policy.act_ids:", "if vec.single_observation_space.shape != policy.mean.shape:"),
+    ],
+    "evaluate: film or limbs": [
+        ("a limb in another agent's colour", EVALUATE, ".append(agent)\n", ".append(0)\n"),
+        ("film changes the simulation", EVALUATE, "self.env.data.qpos[:], self.env.data.qvel[:] = self.base.qpos[0], self.base.qvel[0]", "self.base.qvel[0] = 0"),
+    ],
+}  # fmt: skip
 
 
-def run_mutant(description: str, files: tuple[str, ...], old: str, new: str) -> tuple[str, float]:
-    """Make the fault in a temporary copy, run the tests until one fails; return its name or "", and the seconds."""
+class Fault(NamedTuple):
+    """One row of the table."""
+
+    likely: str  # the test file that should catch it
+    words: str  # of the tests in it that should, for -k; empty: all of it
+    description: str
+    files: tuple[str, ...]
+    old: str
+    new: str
+
+
+MUTANTS = []
+for tests, rows in FAULTS.items():
+    file, _, words = tests.partition(": ")
+    MUTANTS += [Fault(file, words, *row) for row in rows]
+
+
+def check() -> list[str]:
+    """What is wrong with the table: a text that is not exactly once in a file, a broken file that does not compile."""
+    texts = {file: (ROOT / file).read_text() for fault in MUTANTS for file in fault.files}
+    wrong = []
+    for number, fault in enumerate(MUTANTS, start=1):
+        for file in fault.files:
+            count = texts[file].count(fault.old)
+            if count != 1:
+                wrong.append(f"{number} {fault.description}: {count} times in {file}, not once")
+            try:
+                compile(texts[file].replace(fault.old, fault.new), file, "exec")
+            except SyntaxError as e:
+                wrong.append(f"{number} {fault.description}: {file} would not compile: {e}")
+    descriptions = [fault.description for fault in MUTANTS]
+    for description in sorted(set(descriptions)):
+        if descriptions.count(description) > 1:
+            wrong.append(f"{description}: two faults of this name")
+    for likely in sorted({fault.likely for fault in MUTANTS}):
+        if likely not in ORDER:
+            wrong.append(f"{likely}: not in ORDER")
+    return wrong
+
+
+def copy_project(copy: Path) -> None:
+    """Copy what the tests need."""
+    ignore = shutil.ignore_patterns(".*", "runs", "benchmark", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+
+
+def run_pytest(project: Path, options: Sequence[str], output: Path) -> None:
+    """Be `python -m pytest`, in a process of its own."""
+    os.chdir(project)
+    sys.path[0] = str(project)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(int(pytest.main([*options])))
+
+
+def run_tests(project: Path, chosen: Sequence[str]) -> str:
+    """Run tests until one fails; return its name, "" if none does, or that they hang."""
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *chosen]
+    output = project / "pytest.txt"
+    process = FORK.Process(target=run_pytest, args=(project, options, output))
+    process.start()
+    process.join(TIME_LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        return f"more than {TIME_LIMIT} s"
+    for line in output.read_text().splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            return line.split(maxsplit=1)[1].split(" - ")[0].removeprefix("tests/")
+    if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise SystemExit(f"the tests did not run: {options}\n{output.read_text()}")
+    return ""
+
+
+def run_mutant(fault: Fault) -> tuple[str, float]:
+    """Make a fault in a temporary copy, run the tests until one fails; return its name or "", and the seconds."""
     start = time.time()
+    likely = f"tests/test_{fault.likely}.py"
+    rounds = []
+    if last := LAST.get(fault.description):
+        rounds.append([f"tests/{last[0]}", "-k", last[1]])
+    if fault.words:
+        rounds.append([likely, "-k", fault.words])
+    rounds.append([likely])
+    rounds.append([f"tests/test_{name}.py" for name in ORDER if name != fault.likely])
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp, "project")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "benchmark", "__pycache__"))
-        if "mappo_mamujoco.py" in files and (copy / "ippo_mamujoco.py").read_text().count(old) == 1:
-            files = (*files, "ippo_mamujoco.py")
-        for file in files:
+        copy_project(copy)
+        for file in fault.files:
             text = (copy / file).read_text()
-            if text.count(old) != 1:
-                raise SystemExit(f"{description}: {old!r} occurs {text.count(old)} times in {file}, not once")
-            (copy / file).write_text(text.replace(old, new))
-        tests = [[f"tests/test_{name}.py" for name in ORDER]]
-        if last := LAST.get(description):
-            tests.insert(0, [f"tests/{last[0]}", "-k", last[1]])
-        for chosen in tests:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *chosen]
-            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-            if done.returncode not in (0, 1, 5):  # passed, failed, none of that name
-                raise SystemExit(f"{description}: the tests did not run\n{done.stdout}{done.stderr}")
-            failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
-            if failed:
+            (copy / file).write_text(text.replace(fault.old, fault.new))
+        for chosen in rounds:
+            caught = run_tests(copy, chosen)
+            if caught:
                 break
-    return (failed[0].removeprefix("tests/") if failed else ""), time.time() - start
+    return caught, time.time() - start
 
 
 def main() -> None:
-    """Print the table; exit with 1 if a mutant survives."""
-    numbers = [int(number) for number in sys.argv[1:]] or range(len(MUTANTS) + 1)
-    chosen = [MUTANTS[number - 1] if number else ("nothing", (), "", "") for number in numbers]
+    """Print the table; exit with 1 if a fault survives."""
+    if wrong := check():
+        raise SystemExit("\n".join(wrong))
+    if sys.argv[1:] == ["--check"]:
+        print(f"{len(MUTANTS)} faults, each where it should be")
+        return
+    numbers = [int(number) for number in sys.argv[1:]] or list(range(1, len(MUTANTS) + 1))
+    chosen = [MUTANTS[number - 1] for number in numbers]
     survivors = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda mutant: run_mutant(*mutant), chosen)
-        for number, mutant, (caught, seconds) in zip(numbers, chosen, results, strict=True):
-            if caught and not number:
-                pool.shutdown(cancel_futures=True)
-                raise SystemExit(f"{caught} fails with nothing broken: what the others catch would mean nothing")
-            if number:
-                survivors += not caught
-                print(f"| {number} | {mutant[0]} | {caught or 'SURVIVED'} | {seconds:.0f} s |", flush=True)
-    print(f"{len(chosen) - (0 in numbers)} mutants, {survivors} survived")
+    catchers = set()
+    for name in SLOW:
+        importlib.import_module(name)
+    with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
+        for number, fault, (caught, seconds) in zip(numbers, chosen, pool.map(run_mutant, chosen)):
+            survivors += not caught
+            catchers.add(caught)
+            row = f"| {number} | {fault.description} | {caught or 'SURVIVED'} | {seconds:.0f} s |"
+            print(row, flush=True)
+    tests = [f"tests/{name}" for name in sorted(catchers) if name.startswith("test_")]
+    with tempfile.TemporaryDirectory() as tmp:
+        copy_project(Path(tmp, "project"))
+        if tests and (failed := run_tests(Path(tmp, "project"), tests)):
+            raise SystemExit(f"{failed} fails with nothing broken: what it caught means nothing")
+    print(f"{len(chosen)} faults, {survivors} survived; with nothing broken all these tests pass")
     raise SystemExit(survivors > 0)
 
 

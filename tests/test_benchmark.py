@@ -1,6 +1,8 @@
 """The benchmark's tools: records of runs, statistics, comparisons, and the runner on tiny jobs."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import re
@@ -9,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +20,6 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy import stats
@@ -26,6 +29,8 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 import plot
 import run as runner
+
+import happo_mamujoco as happo
 
 pytestmark = pytest.mark.slow  # whole runs and processes
 
@@ -47,7 +52,8 @@ def test_confidence_interval():
     """Of two runs the resamples are known: a quarter low, a quarter high; of many normal ones it is the theory's."""
     assert plot.confidence_interval(np.array([0.0, 10.0])) == (0.0, 10.0)
     assert plot.confidence_interval(np.array([5.0, 5.0, 5.0])) == (5.0, 5.0)
-    rng, covered = np.random.default_rng(1), 0
+    rng = np.random.default_rng(1)
+    covered = 0
     for i in range(100):
         low, high = plot.confidence_interval(rng.normal(3, 2, 20), seed=i)
         covered += low < 3 < high
@@ -57,19 +63,26 @@ def test_confidence_interval():
 def test_intervals_over_tasks():
     """Of three runs on two tasks all resamples can be listed: their quantiles; pooled, the interval would be wider."""
     tasks = np.array([0.0, 0.1, 0.3]), np.array([0.7, 0.75, 1.0])
-    means = [np.sort([*a, *b])[1:5].mean() for a, b in product(*(product(x, repeat=3) for x in tasks))]
-    np.testing.assert_allclose(plot.confidence_interval(*tasks), np.percentile(means, [2.5, 97.5]), atol=0.006)
+    resamples = product(product(tasks[0], repeat=3), product(tasks[1], repeat=3))
+    means = [np.sort([*a, *b])[1:5].mean() for a, b in resamples]
+    expected = np.percentile(means, [2.5, 97.5])
+    np.testing.assert_allclose(plot.confidence_interval(*tasks), expected, atol=0.006)
 
 
 def test_improvement():
     """The Mann-Whitney U of each task; the interval from the list of all resamples, which the pairs do not share."""
-    tasks = [(np.array([1.0, 4.0]), np.array([2.0, 3.0, 4.0])), (np.array([5.0, 6.0]), np.array([1.0, 5.5]))]
+    tasks = [
+        (np.array([1.0, 4.0]), np.array([2.0, 3.0, 4.0])),
+        (np.array([5.0, 6.0]), np.array([1.0, 5.5])),
+    ]
     p, low, high = plot.improvement(tasks)
-    assert p == pytest.approx(np.mean([stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in tasks]))
+    expected = [stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in tasks]
+    assert p == pytest.approx(np.mean(expected))
     probabilities = []
     for x, y in tasks:
-        samples = product(product(x, repeat=len(x)), product(y, repeat=len(y)))
-        probabilities.append([np.mean([(a > b) + (a == b) / 2 for a in xs for b in ys]) for xs, ys in samples])
+        resamples = product(product(x, repeat=len(x)), product(y, repeat=len(y)))
+        above = [[(a > b) + (a == b) / 2 for a, b in product(xs, ys)] for xs, ys in resamples]
+        probabilities.append(np.mean(above, axis=1))
     listed = [(a + b) / 2 for a, b in product(*probabilities)]
     np.testing.assert_allclose([low, high], np.percentile(listed, [2.5, 97.5]), atol=0.01)
     assert plot.improvement([(np.array([2.0, 2.0]), np.array([2.0]))]) == (0.5, 0.5, 0.5)
@@ -90,12 +103,13 @@ def test_difference():
 # Records
 
 
-def write_log(run_dir: Path, start: int, end: int, offset: float = 0.0, speed: float = 1000.0) -> None:
+def write_log(
+    run_dir: Path, start: int, end: int, offset: float = 0.0, speed: float = 1000.0
+) -> None:
     """A run's log after `start` to `end` in iterations of 2,000 steps: return = step / 1,000."""
     with open(f"{run_dir}.jsonl", "a") as f:
         f.write(json.dumps({"command": ["x"], "commit": "abc", "args": {"seed": 1}}) + "\n")
-    writer = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None)
-    writer.add_text("args", "- seed: 1", start)
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1)  # as in the scripts
     for step in range(start + 2000, end + 1, 2000):
         writer.add_scalar("charts/SPS", speed, step)  # since this start, as the scripts count it
         writer.add_scalar("charts/episodic_return", step / 1000 + offset, step)
@@ -127,8 +141,22 @@ def test_record_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     np.testing.assert_allclose(run.columns["eval_return"], [np.nan, 540, np.nan, 80, np.nan])
     assert run.final_return == 80
     described = json.loads((tmp_path / "results" / "runs.jsonl").read_text())
-    assert described["run"] == "Ant-4x2__happo__1" and described["starts"] == 4 and described["commit"] == "abc"
+    assert described["run"] == "Ant-4x2__happo__1"
+    assert described["starts"] == 4 and described["commit"] == "abc"
     np.testing.assert_allclose(run.columns["steps_per_second"], [1000, 1000, 10_000 / 16, 500, 250])
+
+
+def test_starts_of_a_run_of_the_script(tmp_path: Path):
+    """What a script writes when it is started and when it is resumed."""
+    args = {"env_id": "Reacher-2x1", "num_envs": 4, "num_steps": 32, "hidden_sizes": (8,)}
+    args |= {"eval_episodes": 0, "num_threads": 1, "run_dir": str(tmp_path / "run")}
+    happo.main(happo.Args(**args, total_timesteps=256))
+    np.testing.assert_array_equal(plot.read_starts(tmp_path / "run"), [0])
+    time.sleep(1.1)  # event files are read in the order of their names, which have the second
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    args["resume"] = args["run_dir"]
+    happo.main(happo.Args(**args, total_timesteps=512), checkpoint)
+    np.testing.assert_array_equal(plot.read_starts(tmp_path / "run"), [0, 256])
 
 
 def test_long_runs_have_200_rows(tmp_path: Path):
@@ -173,7 +201,8 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_earlier_records_stay(tmp_path: Path):
     """Runs of another day are recorded beside the earlier ones; the same run again takes its own place."""
-    for name, commit in (("Ant-4x2__happo__2", "1st"), ("Ant-4x2__happo__1", "2nd"), ("Ant-4x2__happo__2", "3rd")):
+    for seed, commit in ((2, "1st"), (1, "2nd"), (2, "3rd")):
+        name = f"Ant-4x2__happo__{seed}"
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # of another machine
         (tmp_path / "runs").mkdir()
         write_log(tmp_path / "runs" / name, 0, 10_000)
@@ -211,11 +240,15 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def write_record(results: Path, run: str, evaluations: dict[int, float], steps: int, speed: float = 100.0) -> None:
+def write_record(
+    results: Path, run: str, evaluations: dict[int, float], steps: int, speed: float = 100.0
+) -> None:
     """A record of rows of 10,000 steps; training returns are the step."""
     results.mkdir(exist_ok=True)
-    rows = [f"{s},{s / speed},{s},{evaluations.get(s, np.nan)},{speed}" for s in range(10_000, steps + 1, 10_000)]
-    (results / f"{run}.csv").write_text("\n".join([",".join(plot.COLUMNS), *rows]))
+    rows = [",".join(plot.COLUMNS)]
+    for s in range(10_000, steps + 1, 10_000):
+        rows.append(f"{s},{s / speed},{s},{evaluations.get(s, np.nan)},{speed}")
+    (results / f"{run}.csv").write_text("\n".join(rows))
 
 
 def test_table(recorded: Path, capsys: pytest.CaptureFixture):
@@ -229,7 +262,8 @@ def test_table(recorded: Path, capsys: pytest.CaptureFixture):
     path = recorded / "Ant-4x2__mappo__1.csv"
     path.rename(recorded / "Ant-4x2__mappo-shared__1.csv")
     plot.table(recorded)
-    assert capsys.readouterr().out.splitlines()[4].endswith(" | 40,000 |  |  |")  # nothing is published of it
+    row = capsys.readouterr().out.splitlines()[4]
+    assert row.endswith(" | 40,000 |  |  |")  # nothing is published of it
 
 
 def test_published_returns_are_of_known_tasks():
@@ -237,7 +271,7 @@ def test_published_returns_are_of_known_tasks():
     with open(ROOT / "benchmark" / "published.csv", newline="") as f:
         rows = [(row["source"], row["task"], row["algorithm"]) for row in csv.DictReader(f)]
     assert len(set(rows)) == len(rows)
-    expected = {("ICLR 2022", task, algorithm) for task in plot.TASKS for algorithm in plot.ALGORITHMS}
+    expected = set(product(["ICLR 2022"], plot.TASKS, plot.ALGORITHMS))
     assert {row for row in rows if row[0] == "ICLR 2022"} == expected
     assert {task for source, task, _ in rows if source == "HARL"} - {*plot.TASKS} == {"Hopper-3x1"}
 
@@ -258,11 +292,15 @@ def test_seconds(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_models(tmp_path: Path, capsys: pytest.CaptureFixture):
     """The best seed by the last evaluation, of HAPPO and HATRPO only; a missing model is one line."""
-    results, runs, models = tmp_path / "results", tmp_path / "runs", tmp_path / "to" / "models"
+    results = tmp_path / "results"
+    runs = tmp_path / "runs"
+    models = tmp_path / "to" / "models"
+    evaluations = {1: {10_000: 99, 20_000: 7}, 2: {20_000: 8}, 3: {}, 4: {10_000: 1}}
     for algorithm in ("happo", "mappo", "hatrpo", "happo-shared"):
-        for seed, scores in ((1, {10_000: 99, 20_000: 7}), (2, {20_000: 8}), (3, {}), (4, {10_000: 1})):
-            write_record(results, f"Ant-4x2__{algorithm}__{seed}", scores if algorithm != "hatrpo" else {}, 20_000)
-            run_dir = runs / f"Ant-4x2__{algorithm}__{seed}"
+        for seed, scores in evaluations.items():
+            name = f"Ant-4x2__{algorithm}__{seed}"
+            write_record(results, name, scores if algorithm != "hatrpo" else {}, 20_000)
+            run_dir = runs / name
             run_dir.mkdir(parents=True)
             (run_dir / "model.pt").write_text(f"{algorithm} {seed}" + "x" * 2000)
     write_record(results, "Ant-2x4__happo__5", {10_000: -3}, 10_000)
@@ -274,31 +312,39 @@ def test_models(tmp_path: Path, capsys: pytest.CaptureFixture):
         f"{models}/happo-Ant-4x2.pt: return 8, seed 2, 2,007 bytes",
         "2,507 bytes in all",
     ]
-    assert {path.name: path.read_text()[:7] for path in models.iterdir()} == {
-        "happo-Ant-2x4.pt": "xxxxxxx",
-        "happo-Ant-4x2.pt": "happo 2",
-    }
+    assert len(list(models.iterdir())) == 2
+    assert (models / "happo-Ant-2x4.pt").read_text() == "x" * 500
+    assert (models / "happo-Ant-4x2.pt").read_text().startswith("happo 2")
     (runs / "Ant-4x2__happo__2" / "model.pt").unlink()
     with pytest.raises(SystemExit, match="2"):
         plot.models(runs, results, models)
-    error = f"error: {runs}/Ant-4x2__happo__2/model.pt to {models}/happo-Ant-4x2.pt: No such file or directory\n"
-    assert capsys.readouterr().err == error
+    copied = f"{runs}/Ant-4x2__happo__2/model.pt to {models}/happo-Ant-4x2.pt"
+    assert capsys.readouterr().err == f"error: {copied}: No such file or directory\n"
 
 
 def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Panels in figure 3's order, a curve per algorithm of the points measured, to where its shortest run ends."""
-    figures, save = {}, Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda fig, path: (figures.update({path.stem: fig}), save(fig, path)))
+    figures = {}
+    save = Figure.savefig
+
+    def save_and_keep(fig: Figure, path: Path) -> None:
+        figures[path.stem] = fig
+        save(fig, path)
+
+    monkeypatch.setattr(Figure, "savefig", save_and_keep)
     write_record(tmp_path, "Walker2d-2x3__happo__1", {20_000: 10, 40_000: 20, 60_000: 90}, 60_000)
-    write_record(tmp_path, "Walker2d-2x3__happo__2", {10_000: 1, 20_000: 20, 40_000: 40}, 50_000, speed=300)
+    shorter = {10_000: 1, 20_000: 20, 40_000: 40}
+    write_record(tmp_path, "Walker2d-2x3__happo__2", shorter, 50_000, speed=300)
     write_record(tmp_path, "Walker2d-2x3__happo-shared__1", {30_000: 7}, 30_000)
     write_record(tmp_path, "Walker2d-2x3__ippo__1", {}, 30_000)  # without an evaluation
     for env_id in ("Hopper-3x1", "Ant-4x2", "Coupled-1x1"):
         write_record(tmp_path, f"{env_id}__hatrpo__1", {10_000: 5}, 10_000)
     plot.figure(tmp_path)
-    for name, x in (("figure", [0.02, 0.04]), ("hours", [(200 + 200 / 3) / 7200, (400 + 400 / 3) / 7200])):
+    hours = [(200 + 200 / 3) / 7200, (400 + 400 / 3) / 7200]
+    for name, x in (("figure", [0.02, 0.04]), ("hours", hours)):
         fig = figures[name]
-        assert [ax.get_title() for ax in fig.axes] == ["Ant-4x2", "Walker2d-2x3", "Coupled-1x1", "Hopper-3x1"]
+        titles = [ax.get_title() for ax in fig.axes]
+        assert titles == ["Ant-4x2", "Walker2d-2x3", "Coupled-1x1", "Hopper-3x1"]
         happo, shared = fig.axes[1].lines
         np.testing.assert_allclose(happo.get_xydata().T, [x, [15, 30]])
         assert (happo.get_color(), happo.get_linestyle()) == ("C1", "-")
@@ -307,7 +353,8 @@ def test_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         expected = {(x[0], 10), (x[0], 20), (x[1], 20), (x[1], 40)}
         assert {(round(a, 9), b) for a, b in band} == {(round(a, 9), b) for a, b in expected}
         (legend,) = fig.legends
-        assert [text.get_text() for text in legend.get_texts()] == ["HATRPO", "HAPPO", "HAPPO-SHARED"]
+        names = [text.get_text() for text in legend.get_texts()]
+        assert names == ["HATRPO", "HAPPO", "HAPPO-SHARED"]
         assert "mean over 1 to 2 seeds; band: lowest to highest seed" in fig.get_supxlabel()
 
 
@@ -317,7 +364,8 @@ def test_figure_of_twelve_tasks_is_small(tmp_path: Path, capsys: pytest.CaptureF
     for env_id in plot.TASKS:
         for algorithm in plot.ALGORITHMS:
             for seed in (1, 2, 3):
-                scores = {step: rng.normal(step / 1000, 300) for step in range(50_000, 1_000_001, 50_000)}
+                steps = range(50_000, 1_000_001, 50_000)
+                scores = {step: rng.normal(step / 1000, 300) for step in steps}
                 write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", scores, 1_000_000)
     plot.figure(tmp_path)
     files = [tmp_path / "figure.png", tmp_path / "hours.png"]
@@ -332,7 +380,7 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Scores are scaled by a task's extremes; a task counts for the algorithms and pairs with equally many seeds."""
     returns = {
         "Ant-4x2": {"happo": [0, 50, 100], "mappo": [40, 60, 20], "happo-shared": [10, 10, 30]},
-        "Walker2d-2x3": {"happo": [300, 300, 300], "mappo": [300, 300, 300], "happo-shared": [300, 300, 300]},
+        "Walker2d-2x3": {"happo": [300] * 3, "mappo": [300] * 3, "happo-shared": [300] * 3},
         "Humanoid-17x1": {"happo": [900, 800], "mappo": [100, 850]},
         "Ant-8x1": {"happo": [1, 2, 3], "mappo": [4], "happo-shared": [5, 6, 7]},
         "Ant-2x4": {"happo": [1], "mappo": [4], "happo-shared": [5]},
@@ -341,10 +389,12 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
         for algorithm, scores in algorithms.items():
             write_record(tmp_path, f"{env_id}__{algorithm}__9", {}, 20_000)  # not evaluated yet
             for seed, score in enumerate(scores):
-                write_record(tmp_path, f"{env_id}__{algorithm}__{seed}", {10_000: score}, 10_000 * (seed + 1))
+                name = f"{env_id}__{algorithm}__{seed}"
+                write_record(tmp_path, name, {10_000: score}, 10_000 * (seed + 1))
     plot.aggregate(tmp_path)
     out = capsys.readouterr().out
-    assert out.startswith("Over 2 of 5 tasks, those with equally many seeds of all: Ant-4x2, Walker2d-2x3.")
+    tasks = "tasks, those with equally many seeds of all"
+    assert out.startswith(f"Over 2 of 5 {tasks}: Ant-4x2, Walker2d-2x3.")
     cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in out.splitlines()}
     # Of six scores the middle four: of 0, 0, 0, 0, 0.5, 1 they are 0, 0, 0, 0.5.
     for name, mean in (("HAPPO", 0.125), ("HAPPO-SHARED", 0.05), ("MAPPO", (0.2 + 0.4) / 4)):
@@ -354,9 +404,10 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert cells["| HAPPO over MAPPO"][1].startswith(f"{np.mean([5 / 9, 1 / 2, 3 / 4]):.2f} (")
     assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["3"] and "| HATRPO over HAPPO" not in cells
     plot.aggregate(tmp_path, ("happo", "mappo"))
-    assert capsys.readouterr().out.startswith("Over 3 of 5 tasks, those with equally many seeds of all: Ant-4x2, Walk")
+    assert capsys.readouterr().out.startswith(f"Over 3 of 5 {tasks}: Ant-4x2, Walk")
     for path in tmp_path.glob("*__mappo__*"):
-        path.rename(path.with_name(path.name.replace("mappo", "ippo").replace("Ant", "Reacher").replace("Walk", "Run")))
+        name = path.name.replace("mappo", "ippo").replace("Ant", "Reacher").replace("Walk", "Run")
+        path.rename(path.with_name(name))
     with pytest.raises(SystemExit, match="2"):
         plot.aggregate(tmp_path)
     assert "two or more, of happo, happo-shared, ippo\n" in capsys.readouterr().err
@@ -369,7 +420,8 @@ def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Equal sets are within the noise; a happo that is 100 better is different; one run, or half of one, is not."""
     assert not plot.compare(recorded, recorded)
     out = capsys.readouterr().out
-    assert "Ant-4x2 happo: within the noise: +0 (-2 to +2, noise +-2), permutation p 1.00, 3 against 3 runs" in out
+    same = "Ant-4x2 happo: within the noise: +0 (-2 to +2, noise +-2)"
+    assert f"{same}, permutation p 1.00, 3 against 3 runs\n" in out
     assert out.endswith("0 of 2 differ; by chance alone about 0.1 would\n")
     other = tmp_path / "other"
     other.mkdir()
@@ -377,16 +429,20 @@ def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
         text = (recorded / f"Ant-4x2__mappo__{seed}.csv").read_text()
         (other / f"Ant-4x2__happo__{seed}.csv").write_text(text)
     assert plot.compare(recorded, other)
-    assert "Ant-4x2 happo: DIFFERENT: +100 (+98 to +102, noise +-2), permutation p 0.10, 3" in capsys.readouterr().out
+    higher = "Ant-4x2 happo: DIFFERENT: +100 (+98 to +102, noise +-2)"
+    assert f"{higher}, permutation p 0.10, 3 against 3 runs\n" in capsys.readouterr().out
     for seed in (2, 3):
         (other / f"Ant-4x2__happo__{seed}.csv").unlink()
     assert not plot.compare(recorded, other)
-    assert "fewer than two runs say nothing" in capsys.readouterr().out
+    few = "Ant-4x2 happo: fewer than two runs say nothing about the noise: [81. 82. 83.], [181.]\n"
+    assert few in capsys.readouterr().out
     path = other / "Ant-4x2__happo__1.csv"
-    rows = [line.rpartition(",")[0] for line in path.read_text().splitlines()]  # records once had no last column
+    # Records once had no last column.
+    rows = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
     path.write_text("\n".join(rows[:-1]))
     assert not plot.compare(recorded, other)
-    assert "Ant-4x2 happo: not compared: the runs have from 30,000 to 40,000 steps" in capsys.readouterr().out
+    shorter = "Ant-4x2 happo: not compared: the runs have from 30,000 to 40,000 steps\n"
+    assert shorter in capsys.readouterr().out
 
 
 # The runner
@@ -429,47 +485,69 @@ def step_of(run: Path) -> int:
     return torch.load(run / "checkpoint.pt", weights_only=True)["step"]
 
 
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Wait for the lock of a run, as a script holds it that writes its output; hold it."""
+    with open(f"{run}.log", "a") as log:
+        end = time.monotonic() + 30
+        while True:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        yield
+
+
 def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path, run_jobs):
     """Two jobs, one of which fails; again without it: skipped; further: resumed; taken by another process: failed."""
     write_job(tmp_path, 512, env_ids='["Reacher-2x1", "Reacher-3x1"]')
     code, lines = run_jobs()
     run = tmp_path / "job" / "Reacher-2x1__happo__1"
-    assert code == 1 and lines[0] == "2 jobs, 0 finished before" and lines[-1].endswith(" min, 1 failed")
+    assert code == 1 and lines[0] == "2 jobs, 0 finished before"
+    assert lines[-1].startswith("1 of 2 jobs in ") and lines[-1].endswith(" min, 1 failed")
     (done,) = [line for line in lines if f"{run.name}: step 512 charts/episodic_return -" in line]
     assert " charts/SPS " in done and " min" in done
     (failed,) = [line for line in lines if "Reacher-3x1__happo__1: FAILED with 2: error: " in line]
     assert f"(see {tmp_path}/job/Reacher-3x1__happo__1.log)" in failed
     (start,) = starts(run)
     assert start["command"][-2:] == ["--run-dir", str(run)] and start["args"]["run_dir"] == str(run)
-    assert start["args"]["num_envs"] == 4 and start["args"]["gamma"] == 0.99 and start["machine"]["threads"] == 1
+    assert start["args"]["num_envs"] == 4 and start["args"]["gamma"] == 0.99
+    assert start["machine"]["threads"] == 1
     assert start["versions"]["torch"] == torch.__version__
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    assert (start["commit"] or "").removesuffix("-dirty") == head.strip()
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout
+    assert (start["commit"] or "").removesuffix("-dirty") == commit.strip()
 
     write_job(tmp_path, 512)
     assert run_jobs() == (0, ["1 jobs, 1 finished before", "0 of 0 jobs in 0.0 min, 0 failed"])
 
     longer = {"flags": "--total-timesteps 768"}  # the file still says 512
-    with FileLock(run / "lock"):  # as a script does that has outlived its runner
+    with locked(run):  # as by a script that has outlived its runner
         code, lines = run_jobs(**longer)
     assert code == 1 and f"{run.name}: FAILED with 1: another process is at work on it" in lines[1]
     assert step_of(run) == 512 and len(starts(run)) == 1
     assert run_jobs(**longer)[0] == 0
     assert run_jobs()[1][0] == "1 jobs, 1 finished before"  # longer than the file says
-    assert run_jobs(flags="--gamma 0.9")[1][0].startswith(f"{run.name}: FAILED: begun with gamma 0.99, not 0.9")
-    assert step_of(run) == 768 and [start["command"][-2] for start in starts(run)] == ["--run-dir", "--resume"]
-    speeds = {point.step: point.value for point in EventAccumulator(str(run)).Reload().Scalars("charts/SPS")}
+    (line, *_) = run_jobs(flags="--gamma 0.9")[1]
+    assert line.startswith(f"{run.name}: FAILED: begun with gamma 0.99, not 0.9")
+    assert step_of(run) == 768
+    assert [start["command"][-2] for start in starts(run)] == ["--run-dir", "--resume"]
+    points = EventAccumulator(str(run)).Reload().Scalars("charts/SPS")
+    speeds = {point.step: point.value for point in points}
     assert plot.read_log(run)["seconds"] == pytest.approx([512 / speeds[512] + 256 / speeds[768]])
 
 
 def test_other_arguments_are_a_failure(tmp_path: Path, run_jobs):
-    """A run that was begun with other arguments is neither finished nor goes on; some may change, or be missing."""
+    """A run that was begun with other arguments is neither finished nor resumed; some may change, or be missing."""
     run = tmp_path / "job" / "Reacher-2x1__happo__1"
     run.mkdir(parents=True)
     write_job(tmp_path, 512)
     (job,) = runner.read_jobs(tmp_path / "job.toml", tmp_path)
-    args = vars(job.args) | {"checkpoint_interval": 7, "run_dir": "elsewhere", "cuda": True}
-    del args["log_std_init"]  # as in a checkpoint of before there was this argument: it had the default
+    args = asdict(job.args) | {"checkpoint_interval": 7, "run_dir": "elsewhere", "cuda": True}
+    args["wandb_run_id"] = "abc"
+    del args["log_std_init"]  # a checkpoint from before there was this argument had its default
     state = {"step": 512, "script": "happo_mamujoco", "args": args | {"what_was_once": 1}}
     torch.save(state, run / "checkpoint.pt")
     assert job.is_finished()
@@ -483,25 +561,58 @@ def test_other_arguments_are_a_failure(tmp_path: Path, run_jobs):
     for total in (512, 1024):
         write_job(tmp_path, total, more='[[extra]]\nflags = "--gamma 0.9"')
         code, lines = run_jobs()
-        reason = f"begun with gamma 0.99, not 0.9; to start anew, move {run} away"
-        assert code == 1 and lines[:2] == [f"{run.name}: FAILED: {reason}", "1 jobs, 0 finished before"]
-        assert lines[2] == "0 of 0 jobs in 0.0 min, 1 failed"
+        remedy = f"to start anew, move {run} away"
+        assert code == 1 and lines == [
+            f"{run.name}: FAILED: begun with gamma 0.99, not 0.9; {remedy}",
+            "1 jobs, 0 finished before",
+            "0 of 0 jobs in 0.0 min, 1 failed",
+        ]
     write_job(tmp_path, 512, more='[[extra]]\nflags = "--agent-obsk 1"')
-    assert run_jobs()[1][0] == f"{run.name}: FAILED: {reason.replace('gamma 0.99, not 0.9', 'agent_obsk None, not 1')}"
-    assert (run / "checkpoint.pt").read_bytes() == before and list(run.iterdir()) == [run / "checkpoint.pt"]
+    (line, *_) = run_jobs()[1]
+    assert line == f"{run.name}: FAILED: begun with agent_obsk None, not 1; {remedy}"
+    assert (run / "checkpoint.pt").read_bytes() == before
+    assert list(run.iterdir()) == [run / "checkpoint.pt"]
     (run / "checkpoint.pt").write_bytes(before[:100])
-    assert run_jobs()[1][0] == f"{run.name}: FAILED: {run}/checkpoint.pt cannot be read (RuntimeError)"
+    (line, *_) = run_jobs()[1]
+    assert line == f"{run.name}: FAILED: {run}/checkpoint.pt cannot be read (RuntimeError)"
+
+
+def test_a_run_has_one_thread_and_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The libraries of a script have one thread; its output is locked, until it ends."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run = tmp_path / "runs" / "Ant-4x2__happo__1"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import fcntl, os, sys, torch\n"
+        "print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], torch.get_num_threads())\n"
+        "log = open(sys.argv[2] + '.log')\n"
+        "try:\n"
+        "    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)\n"
+        "except BlockingIOError:\n"
+        "    print('locked')\n"
+        "print('the last line')\n"
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    code, line, seconds = runner.train(run, [str(script)], {"num_threads": 1})
+    signal.signal(signal.SIGTERM, handler)
+    assert (code, line) == (0, "locked") and 0 < seconds < 60
+    first = Path(f"{run}.log").read_text().splitlines()[0]
+    assert first == f"['--run-dir', '{run}'] 1 1"
+    with locked(run):
+        pass
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the runner", "Ctrl-C in the terminal"])
 def test_runner_stops_and_goes_on(tmp_path: Path, how: str, run_jobs):
-    """The scripts end with it; a directory without a checkpoint is put aside, not lost; then it goes on to the end."""
+    """The scripts end with it; a directory without a checkpoint is moved aside; the next runner finishes the run."""
     write_job(tmp_path, 128 * 100_000)
     run = tmp_path / "job" / "Reacher-2x1__happo__1"
     run.mkdir(parents=True)
     (run / "something").write_text("kept")
-    command = [sys.executable, ROOT / "benchmark" / "run.py", tmp_path / "job.toml", "--runs", tmp_path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    command = [sys.executable, ROOT / "benchmark" / "run.py", tmp_path / "job.toml"]
+    command += ["--runs", tmp_path]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, process_group=0)
     while not (run / "checkpoint.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None
@@ -512,7 +623,7 @@ def test_runner_stops_and_goes_on(tmp_path: Path, how: str, run_jobs):
     out, err = process.communicate(timeout=60)
     assert process.returncode == (143 if how == "SIGTERM to the runner" else 130) and err == ""
     assert out.splitlines()[1:] == ["stopped; the same command goes on from the latest checkpoints"]
-    with FileLock(run / "lock", timeout=10):  # the script has ended
+    with locked(run):  # the script has ended
         stopped_at = step_of(run)
     assert [path.read_text() for path in tmp_path.glob("job/*/something")] == ["kept"]
     if how == "SIGTERM to the runner":
@@ -522,7 +633,9 @@ def test_runner_stops_and_goes_on(tmp_path: Path, how: str, run_jobs):
         assert len(starts(run)) == 2
 
 
-def test_runner_runs_one_row_and_compares_it(tmp_path: Path, run_jobs, capsys: pytest.CaptureFixture):
+def test_runner_runs_one_row_and_compares_it(
+    tmp_path: Path, run_jobs, capsys: pytest.CaptureFixture
+):
     """Only what is chosen runs; against itself it is within the noise, and against other returns it is not."""
     write_job(tmp_path, 384, env_ids='["Reacher-2x1", "Reacher-1x2"]')
     text = (tmp_path / "job.toml").read_text().replace("[1]", "[1, 2]")
@@ -531,10 +644,12 @@ def test_runner_runs_one_row_and_compares_it(tmp_path: Path, run_jobs, capsys: p
         runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, algorithms=("mappo",)))
     assert "has no mappo, but happo" in capsys.readouterr().err
 
-    assert run_jobs(env_ids=("Reacher-1x2",), algorithms=("happo",))[1][0] == "2 jobs, 0 finished before"
+    (line, *_) = run_jobs(env_ids=("Reacher-1x2",), algorithms=("happo",))[1]
+    assert line == "2 jobs, 0 finished before"
     reference = tmp_path / "reference"
     plot.record(tmp_path / "job", reference)
-    assert sorted(path.name for path in reference.glob("*.csv")) == [f"Reacher-1x2__happo__{i}.csv" for i in (1, 2)]
+    names = {path.name for path in reference.glob("*.csv")}
+    assert names == {"Reacher-1x2__happo__1.csv", "Reacher-1x2__happo__2.csv"}
     code, lines = run_jobs(env_ids=("Reacher-1x2",), compare=reference)
     assert code == 0 and lines[-1].startswith("Reacher-1x2 happo: within the noise: +0 ")
     for path in reference.glob("*.csv"):
@@ -558,14 +673,22 @@ GOOD = 'env_ids = ["Ant-4x2"]\nseeds = [1]\n'
         (GOOD + 'algorithms = "happo"', "algorithms is 'happo': it must be a list of str"),
         (GOOD + 'algorithms = ["happo", "happo"]', "Ant-4x2__happo__1 is there twice"),
         (GOOD + 'algorithms = ["happo"]\nflags = "--seeed 1"', "Unrecognized options: --seeed"),
-        (GOOD + 'algorithms = ["happo"]\nflags = "--gamma 2"', "--gamma is 2.0: it must be from 0 to 1"),
-        (GOOD + 'algorithms = ["happo"]\n[[extra]]\nenv_ids = ["Ant-2x4"]\nflags = ""', "Ant-2x4, which no job has"),
+        (
+            GOOD + 'algorithms = ["happo"]\nflags = "--gamma 2"',
+            "gamma Input should be less than or equal to 1",
+        ),
+        (
+            GOOD + 'algorithms = ["happo"]\n[[extra]]\nenv_ids = ["Ant-2x4"]\nflags = ""',
+            "Ant-2x4, which no job has",
+        ),
         (GOOD + '[[variants]]\nname = "x"', "algorithm is missing"),
         ('env_ids = ["Ant-4x2"]', "seeds is missing"),
         ("algorithms = [", "Invalid value"),
     ],
 )
-def test_bad_job_files_are_one_line(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture):
+def test_bad_job_files_are_one_line(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture
+):
     """Exit code 2, and what is wrong."""
     (tmp_path / "job.toml").write_text(text)
     with pytest.raises(SystemExit) as stop:
@@ -585,11 +708,13 @@ def test_job_files_are_understood(name: str, tmp_path: Path):
     for job in jobs:
         algorithm = Path(job.command[0]).stem.split("_")[0]
         shared, fixed = (f"__{algorithm}-{v}__" in job.run_dir.name for v in ("shared", "fixed"))
-        assert (getattr(job.args, "share_param", False), getattr(job.args, "fixed_order", False)) == (shared, fixed)
+        assert getattr(job.args, "share_param", False) == shared
+        assert getattr(job.args, "fixed_order", False) == fixed
         steps = 500_000 if (name, algorithm) == ("figure3", "maddpg") else 1_000_000
         assert job.args.total_timesteps == steps and job.args.num_threads == 1
         assert job.args.eval_interval == 50_000 and job.args.eval_episodes == 20
-    (flags,) = re.findall('--flags="(.+)"', job_file.read_text())  # the tutorial's length, in a comment
-    for job in runner.read_jobs(job_file, tmp_path, flags):  # of all: they win over [[extra]]
-        args = job.args
-        assert (args.total_timesteps, args.eval_interval, args.eval_episodes) == (10_000_000, 100_000, 40)
+    # The tutorial's length, in a comment; these flags of all jobs override [[extra]].
+    (flags,) = re.findall('--flags="(.+)"', job_file.read_text())
+    for job in runner.read_jobs(job_file, tmp_path, flags):
+        assert job.args.total_timesteps == 10_000_000
+        assert job.args.eval_interval == 100_000 and job.args.eval_episodes == 40

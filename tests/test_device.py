@@ -1,10 +1,14 @@
-"""CI has no GPU: the scripts run whole on PyTorch's `meta` device, which refuses what a GPU refuses.
+"""CI has no GPU: the scripts run whole on PyTorch's `meta` device, which stands in for one.
 
-A tensor on `meta` has a shape and no data, and does not mix with one on the CPU. So a tensor that the scripts forget to
-put on the device, or a second way between the devices, fails here as it would on a GPU.
+A tensor on `meta` has a shape and no data. Whatever PyTorch computes goes through `Device`, which refuses to mix
+devices where a GPU would, counts the transfers, and makes up the values that are read. So a tensor that the scripts
+forget to put on the device, or a transfer too many, fails here as it would on a GPU, or is counted.
 """
 
+import importlib
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,104 +16,327 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_scripts import train
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from conftest import SCRIPTS
+from test_runs import newest
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+import evaluate
+
+CPU = torch.device("cpu")
 META = torch.device("meta")
+aten = torch.ops.aten
+
+# Loading what has data into what has none.
+pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
+
+
+class Device(TorchDispatchMode):
+    """Lets `meta` be to the CPU what a GPU is, and counts the transfers in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transfers: Counter[str] = Counter()
+        self.rng = np.random.default_rng(0)
+
+    def count(self, source: torch.device, target: torch.device) -> None:
+        """Count a transfer, if it is one."""
+        if source != target:
+            self.transfers[f"{source.type} to {target.type}"] += 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device == META:
+            # Whether a KL is too large: both branches are taken.
+            return bool(self.rng.integers(2)) if args[0].dtype == torch.bool else 1.0
+        if func is aten._to_copy.default:
+            source, target = args[0].device, kwargs.get("device", args[0].device)
+            self.count(source, target)
+            if (source, target) == (META, CPU):
+                return torch.zeros_like(args[0], device=CPU)
+            return func(*args, **kwargs)
+        if func is aten.copy_.default:
+            target, source = args[0].device, args[1].device
+            self.count(source, target)
+            return args[0].zero_() if (source, target) == (META, CPU) else func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func in (aten.index.Tensor, aten.index_put_.default) and args[0].device == META:
+            indices = [id(x) for x in args[1] if x is not None and x.device == CPU]
+            tensors = [x for x in tensors if id(x) not in indices]  # they may be on the CPU
+        devices = {x.device.type for x in tensors}
+        if len(devices) > 1:
+            raise RuntimeError(f"{func} of tensors on more than one device: {sorted(devices)}")
+        if func is aten._fused_adam_.default and devices == {"meta"}:
+            return None  # `meta` has no such kernel
+        return func(*args, **kwargs)
 
 
 class Torch(ModuleType):
-    """The module torch, whose devices are all `meta`."""
+    """The module torch on a machine with a GPU, which is `meta`."""
 
-    device = staticmethod(lambda _: META)
     cuda = SimpleNamespace(is_available=lambda: True)
+
+    @staticmethod
+    def device(name: str) -> torch.device:
+        return META if name == "cuda" else torch.device(name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
 
-def on_cpu(state: Any) -> Any:
-    """What a GPU's tensors are in a file; here they have no data."""
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [on_cpu(value) for value in state]
-    return torch.zeros_like(state, device="cpu") if getattr(state, "device", None) == META else state
+@pytest.fixture(params=SCRIPTS)
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """Each script, also MADDPG."""
+    return importlib.import_module(request.param)
 
 
-class Device(TorchFunctionMode):
-    """Gives what is read off the device some value, and counts the transfers in both directions."""
+def in_place(move: Callable) -> Callable:
+    """A method that moves a module, such that its parameters stay the same objects."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.transfers: Counter[str] = Counter()
+    def moved(*args: Any) -> nn.Module:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        module = move(*args)
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        return module
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        x = args[0] if args and isinstance(args[0], Tensor) else None
-        if func is torch.as_tensor and kwargs.get("device") == META:
-            self.transfers["to the device"] += 1
-        if x is not None and x.device == META:
-            if func is Tensor.cpu:
-                self.transfers["to the host"] += 1
-                return torch.zeros(x.shape, dtype=x.dtype)
-            if func is Tensor.item:
-                return 1.0
-            if func is Tensor.__bool__:
-                return True
-            if func is Tensor.tolist:
-                return np.arange(x.numel()).reshape(x.shape).tolist()
-        return func(*args, **kwargs)
+    return moved
 
 
-def put_on_meta(script: ModuleType, patch: pytest.MonkeyPatch) -> ModuleType:
-    """Let a script find a GPU, which is `meta`."""
-    save = script.save
-    patch.setattr(script, "torch", Torch("torch"))
-    patch.setattr(script, "Adam", lambda params, fused, **kwargs: torch.optim.Adam(params, **kwargs))
-    patch.setattr(script, "save", lambda state, path: save(on_cpu(state), path))
-    return script
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PyTorch treat `meta` like a GPU also where it does not ask `Device`."""
+    # Adam's fused kernel.
+    supported = ["cpu", "meta"]
+    optimizers = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: supported)
+    # Module.to and Module.cpu change the parameters in place; on their own they would make new ones.
+    for name in ("to", "cpu"):
+        monkeypatch.setattr(nn.Module, name, in_place(getattr(nn.Module, name)))
+    # A file from a GPU needs `map_location` to be read.
+    load = torch.load
+
+    def mapped(path: Path, map_location: str | None = None, **kwargs: Any) -> dict:
+        state = load(path, **kwargs)
+        return tree_map(on_cpu, state) if map_location == "cpu" else state
+
+    monkeypatch.setattr(torch, "load", mapped)
+
+
+def on_cpu(x: Any) -> Any:
+    """What a tensor of the GPU is on the CPU; it has no data here, so it is zeros."""
+    return torch.zeros_like(x, device=CPU) if isinstance(x, Tensor) and x.device == META else x
 
 
 @pytest.fixture
-def on_meta(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script that finds a GPU."""
-    return put_on_meta(script, monkeypatch)
+def devices_of_adam() -> Iterator[list]:
+    """At each step of an Adam the devices of its parameters and of its state."""
+    steps = []
+
+    def hook(optimizer: torch.optim.Adam, *_: Any) -> None:
+        [group] = optimizer.param_groups
+        state = tree_leaves(list(optimizer.state.values()))
+        steps.append({x.device for x in group["params"]} | {x.device for x in state})
+
+    handle = register_optimizer_step_pre_hook(hook)
+    yield steps
+    handle.remove()
 
 
-SIZES = {"num_steps": 30, "num_envs": 4, "eval_episodes": 1}
+def sizes_of(script: ModuleType) -> dict:
+    """Two iterations of 40 steps; MADDPG begins to learn after 20 steps."""
+    sizes = {"env_id": "Pusher-3p", "num_steps": 10, "num_envs": 4, "total_timesteps": 80}
+    sizes |= {"hidden_sizes": (16, 16), "num_threads": 1, "eval_episodes": 0}
+    if script.__name__ == "maddpg_mamujoco":
+        return sizes | {"learning_starts": 20, "batch_size": 8, "buffer_size": 400}
+    sizes |= {"num_minibatches": 2, "critic_epochs": 2}
+    if script.__name__ == "hatrpo_mamujoco":
+        return sizes
+    return sizes | {"update_epochs": 2}
 
 
-@pytest.mark.parametrize("flags", [{}, {"share_param": True, "agent_obsk": 0}], ids=["separate", "shared"])
-def test_everything_is_on_the_device(on_meta: ModuleType, flags: dict, tmp_path: Path):
-    """Rollout, update, evaluation, checkpoint: no tensor is left on the CPU.
-
-    A step costs two transfers to the device beside the noise (observations; rewards and ends), and one to the host.
-    """
-    with (device := Device()):
-        train(on_meta, tmp_path / "run", env_id="Pusher-3p", **SIZES, total_timesteps=240, cuda=True, **flags)
-    # Training: reset and 60 steps, in which no episode ends. Evaluation: 100 steps. model.pt: 3 actors of 6 tensors.
-    assert device.transfers == {"to the device": 1 + 2 * 60 + 100, "to the host": 60 + 100 + 18}
+def run(script: ModuleType, run_dir: Path, **args: object) -> None:
+    """A run on the CPU, or with `cuda` on the device."""
+    script.main(script.Args(**sizes_of(script) | {"run_dir": str(run_dir)} | args))
 
 
-def test_what_a_gpu_saved_goes_on_without_one(script: ModuleType, tmp_path: Path):
-    """The generator is the CPU's on every device: a run of a GPU goes on here, and back, drawing the same numbers."""
-    with pytest.MonkeyPatch.context() as patch, Device():
-        put_on_meta(script, patch)
-        train(script, tmp_path / "gpu", env_id="Pusher-3p", **SIZES, total_timesteps=120, cuda=True)
-    train(script, tmp_path / "cpu", env_id="Pusher-3p", **SIZES, total_timesteps=120)
-    gpu, cpu = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("gpu", "cpu"))
-    assert torch.equal(gpu["generator"], cpu["generator"])
-    run_dir = str(tmp_path / "gpu")
-    args = gpu["args"] | {"resume": run_dir, "run_dir": run_dir, "total_timesteps": 240, "cuda": False}
-    script.main(script.Args(**args), gpu)
-    assert torch.load(tmp_path / "gpu" / "checkpoint.pt", weights_only=True)["step"] == 240
+def resume(script: ModuleType, run_dir: Path, *flags: object) -> dict:
+    """Continue a run from the command line; return its checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__name__, "--resume", str(run_dir), *map(str, flags)])
+        script.main(*script.parse_args())
+    return newest(run_dir)
 
 
-def test_the_stand_in_finds_what_is_left_behind(on_meta: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Rewards that stay on the CPU are found."""
-    compute_gae = on_meta.compute_gae
-    monkeypatch.setattr(on_meta, "compute_gae", lambda rewards, *args: compute_gae(torch.zeros(8, 4), *args))
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"env_id": "Reacher-2x1", "agent_obsk": 0, "share_param": True}],
+    ids=["separate", "shared"],
+)
+def test_everything_is_on_the_device(
+    script: ModuleType,
+    flags: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    devices_of_adam: list,
+):
+    """Rollout, update, evaluation, checkpoint: no tensor is left behind, and none is moved without need."""
+    off_policy = script.__name__ == "maddpg_mamujoco"
+    if off_policy and flags:
+        pytest.skip("MADDPG does not share parameters")
+    monkeypatch.setattr(script, "torch", Torch("torch"))
+    with Device() as device:
+        run(script, tmp_path / "run", cuda=True, eval_episodes=1, **flags)
+    # The actors of three agents, or one for all: three layers, and if they are stochastic log_std.
+    networks = (6 if off_policy else 7) * (1 if flags else 3)
+    critics = 1
+    if script.__name__ == "ippo_mamujoco":
+        critics = 2 if flags else 3
+    to_device = networks + 6 * critics  # when they are made
+    to_device += 6 * 20  # what is stored, in 20 steps
+    if off_policy:
+        # The policy acts on the device: in 15 steps of the training, and in the 100 of an episode.
+        to_host = 15 + 100
+        to_device += 15 + 100
+        # 6 updates: two random indices, and two normalisations with mean and standard deviation.
+        to_device += 6 * 6
+    else:
+        # The policy acts on the CPU: it goes there for two rollouts and the evaluation, and comes
+        # back for two updates. From the first update on some parameters have gradients, which go
+        # with them: all of them, or those of the agent that HAPPO has updated last, or none.
+        gradients = {"happo_mamujoco": 7, "hatrpo_mamujoco": 0}.get(script.__name__, networks)
+        to_host = 3 * networks + 2 * gradients
+        to_device += 2 * networks + gradients
+    assert device.transfers == {"cpu to meta": to_device, "meta to cpu": to_host}
+    assert len(devices_of_adam) >= 8
+    assert all(devices == {META} for devices in devices_of_adam)
+
+
+def test_without_cuda_everything_is_on_the_cpu(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices_of_adam: list
+):
+    """On a machine with a GPU, too."""
+    monkeypatch.setattr(script, "torch", Torch("torch"))
+    with Device() as device:
+        run(script, tmp_path / "run")
+    assert device.transfers == {}
+    assert all(devices == {CPU} for devices in devices_of_adam)
+
+
+def test_every_device_gets_the_same_draws(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All random numbers come from the CPU's generator, which is in the same state after two iterations."""
+    run(script, tmp_path / "cpu")
+    monkeypatch.setattr(script, "torch", Torch("torch"))
+    with Device():
+        run(script, tmp_path / "gpu", cuda=True)
+    gpu = newest(tmp_path / "gpu")
+    assert torch.equal(gpu["rng"], newest(tmp_path / "cpu")["rng"])
+
+
+def test_a_run_changes_between_the_devices(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    devices_of_adam: list,
+):
+    """What a GPU has saved goes on without one and is evaluated there, and goes back: also the state of Adam."""
+    with monkeypatch.context() as patch, Device():
+        patch.setattr(script, "torch", Torch("torch"))
+        run(script, tmp_path / "run", cuda=True)
+    devices_of_adam.clear()
+
+    evaluate.main(evaluate.Args(path=tmp_path / "run", episodes=1, num_threads=1))
+    with Device() as device:
+        checkpoint = resume(script, tmp_path / "run", "--total-timesteps", 120)
+    assert "from step 80 to 120 on the cpu" in capsys.readouterr().out
+    assert checkpoint["step"] == 120
+    assert device.transfers == {}
+    assert len(devices_of_adam) >= 4
+    assert all(devices == {CPU} for devices in devices_of_adam)
+    devices_of_adam.clear()
+
+    monkeypatch.setattr(script, "torch", Torch("torch"))
+    with Device():
+        checkpoint = resume(script, tmp_path / "run", "--total-timesteps", 160, "--cuda")
+    assert checkpoint["step"] == 160
+    assert len(devices_of_adam) >= 4
+    assert all(devices == {META} for devices in devices_of_adam)
+
+
+# The stand-in
+
+
+def adam_with_state_on(device: torch.device) -> None:
+    """A step of an Adam for parameters on `meta`."""
+    parameter = nn.Parameter(torch.zeros(2, device=META))
+    optimizer = torch.optim.Adam([parameter], fused=True)
+    for _ in range(2):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        state = optimizer.state[parameter]
+        state["exp_avg"] = state["exp_avg"].to(device)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda cpu, gpu: cpu + gpu,
+        lambda cpu, gpu: gpu @ cpu,
+        lambda cpu, gpu: cpu @ gpu,
+        lambda cpu, gpu: torch.cat([gpu, cpu]),
+        lambda cpu, gpu: gpu.gather(1, cpu.long()),
+        lambda cpu, gpu: cpu[gpu.long()],
+        lambda cpu, gpu: gpu.lerp_(cpu, 0.1),
+        lambda cpu, gpu: nn.functional.mse_loss(gpu, cpu),
+        lambda cpu, gpu: nn.Linear(2, 2).to(META)(cpu),
+        lambda cpu, gpu: adam_with_state_on(CPU),
+    ],
+)
+def test_the_stand_in_refuses_what_a_gpu_refuses(mix: Callable):
+    """Tensors on two devices."""
+    with (
+        Device(),
+        pytest.raises(RuntimeError, match="on more than one device"),
+    ):
+        mix(torch.zeros(2, 2), torch.zeros(2, 2, device=META))
+
+
+def test_the_stand_in_allows_what_a_gpu_allows():
+    """Copies between the devices, indices on the CPU, modules that move and keep their parameters and gradients."""
+    with Device() as device:
+        gpu = torch.zeros(3, 2, device=META)
+        gpu[0] = torch.ones(2)
+        assert gpu[torch.tensor([0, 2])].device == META
+        gpu[:, torch.tensor([1])] = torch.zeros(3, 1, device=META)
+        assert gpu.cpu().device == CPU
+        assert device.transfers == {"cpu to meta": 1, "meta to cpu": 1}
+        adam_with_state_on(META)
+
+        linear = nn.Linear(2, 1).to(META)
+        weight = linear.weight
+        linear(gpu).sum().backward()
+        linear.cpu()
+    assert linear.weight is weight
+    assert weight.device == weight.grad.device == CPU
+    assert device.transfers == {"cpu to meta": 1 + 2, "meta to cpu": 1 + 2 * 2}
+
+
+def test_the_stand_in_finds_what_a_script_leaves_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rewards that stay on the CPU."""
+    import happo_mamujoco as happo
+
+    compute_gae = happo.compute_gae
+    monkeypatch.setattr(happo, "torch", Torch("torch"))
+    monkeypatch.setattr(
+        happo, "compute_gae", lambda _, *args: compute_gae(torch.zeros(10, 4), *args)
+    )
     with Device(), pytest.raises(RuntimeError, match="device"):
-        train(on_meta, tmp_path / "run", num_steps=8, total_timesteps=32, cuda=True)
+        run(happo, tmp_path / "run", cuda=True)

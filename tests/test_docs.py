@@ -1,4 +1,4 @@
-"""README.md and docs/: their commands run, what they print is what the pages say, and no link leads nowhere."""
+"""README.md and docs/: the commands run, what they name exists, numbers are as recorded, no link is dead."""
 
 import difflib
 import importlib
@@ -16,6 +16,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 import plot
 import run as runner
+import throughput
+from conftest import SIBLINGS
 
 import evaluate
 
@@ -24,11 +26,28 @@ pytestmark = pytest.mark.slow  # whole runs and processes
 ROOT = runner.ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Not run here: what .ci/run does, a server, and what other tests or half an hour are for.
-ELSEWHERE = ("python3 -m venv", "tensorboard", "git worktree", "benchmark/throughput.py", "benchmark/plot.py record")
-# A run's size, where a command says nothing of it.
-SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 64, "hidden_sizes": (8, 8)}
-SMALL |= {"update_epochs": 1, "critic_epochs": 1, "learning_starts": 16, "batch_size": 8, "buffer_size": 1000}
-SMALL |= {"eval_episodes": 0, "num_threads": 1}
+ELSEWHERE = (
+    "python3 -m venv",
+    "tensorboard",
+    "git worktree",
+    "benchmark/throughput.py",
+    "benchmark/plot.py record",
+)
+# A run's size, where a command does not give it.
+SMALL = {
+    "num_envs": 2,
+    "num_steps": 16,
+    "num_minibatches": 2,
+    "total_timesteps": 64,
+    "hidden_sizes": (8, 8),
+    "update_epochs": 1,
+    "critic_epochs": 1,
+    "learning_starts": 16,
+    "batch_size": 8,
+    "buffer_size": 1000,
+    "eval_episodes": 0,
+    "num_threads": 1,
+}
 
 
 def commands() -> dict[str, Path]:
@@ -45,44 +64,55 @@ def commands() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory like the project's, to write to: with the records, and a run of HAPPO of 64 steps in RUN_DIR."""
+    """A copy of the records to work in, with a run of HAPPO of 64 steps in RUN_DIR."""
     directory = tmp_path_factory.mktemp("workplace")
     shutil.copytree(ROOT / "benchmark", directory / "benchmark")
     shutil.copytree(ROOT / "benchmark" / "results" / "figure3", directory / "my_results")
     happo = importlib.import_module("happo_mamujoco")
-    small = {key: value for key, value in SMALL.items() if key in {field.name for field in fields(happo.Args)}}
+    names = {field.name for field in fields(happo.Args)}
+    small = {key: value for key, value in SMALL.items() if key in names}
     happo.main(happo.Args(**small, env_id="Hopper-3x1", run_dir=str(directory / "RUN_DIR")))
     return directory
 
 
-def run_script(program: str, flags: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a script with the flags of a command, small where the command says nothing."""
+def run_script(
+    program: str, flags: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a script with the flags of a command, in the sizes of SMALL where it does not give them."""
     script = importlib.import_module(program.removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", [program, *flags])
     args, checkpoint = script.parse_args()
-    said = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
-    small = {key: value for key, value in SMALL.items() if hasattr(args, key) and key not in said - {"buffer_size"}}
+    given = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    given -= {"buffer_size"}
+    small = {key: value for key, value in SMALL.items() if hasattr(args, key) and key not in given}
     if checkpoint:
         small = {"total_timesteps": 2 * checkpoint["step"]}
-    args = replace(args, **small, run_dir=args.resume or str(directory / "".join([program, *flags])))
+    run_dir = args.resume or str(directory / "".join([program, *flags]))
+    args = replace(args, **small, run_dir=run_dir)
     script.main(args, checkpoint)
     assert (Path(args.run_dir) / "model.pt").is_file()
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Scripts train for a moment, the runner says what it would run, tables have the rows that are in the page."""
-    page, (_, program, *flags) = commands()[command].read_text(), shlex.split(command)
+def test_commands_run(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Scripts train for a moment; the runner prints its jobs; every row of a table is in the page."""
+    page = commands()[command].read_text()
+    _, program, *flags = shlex.split(command)
     monkeypatch.chdir(workplace)
     if program.endswith("_mamujoco.py"):
         run_script(program, flags, workplace, monkeypatch)
     elif program == "evaluate.py":
         args = tyro.cli(evaluate.Args, args=flags)
-        evaluate.main(replace(args, video=None))  # test_evaluate.py films
-        assert f"Hopper-3x1, {args.episodes} episodes, seed 0: return mean" in capsys.readouterr().out
+        evaluate.main(replace(args, video=""))  # test_evaluate.py films
+        score = f"Hopper-3x1, {args.episodes} episodes, seed 0: return mean"
+        assert score in capsys.readouterr().out
     elif program == "benchmark/run.py":
         with pytest.raises(SystemExit) as end:
-            runner.main(replace(tyro.cli(runner.Args, args=flags), runs=workplace / "runs", dry_run=True))
+            runner.main(
+                replace(tyro.cli(runner.Args, args=flags), runs=workplace / "runs", dry_run=True)
+            )
         assert not end.value.code and f"/runs/{Path(flags[0]).stem}/" in capsys.readouterr().out
     else:
         assert program == "benchmark/plot.py"
@@ -112,7 +142,11 @@ def test_readme_has_the_recorded_returns():
 
 
 FIGURE3 = "HATRPO over HAPPO", "HAPPO over MAPPO", "HAPPO over IPPO"
-FIGURE4 = tuple(f"{name}-{variant} over {name}" for variant in ("SHARED", "FIXED") for name in ("HATRPO", "HAPPO"))
+FIGURE4 = tuple(
+    f"{name}-{variant} over {name}"
+    for variant in ("SHARED", "FIXED")
+    for name in ("HATRPO", "HAPPO")
+)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/zh.md"])
@@ -122,7 +156,11 @@ FIGURE4 = tuple(f"{name}-{variant} over {name}" for variant in ("SHARED", "FIXED
     ids=["figure3", "figure4"],
 )
 def test_the_findings_are_what_the_records_say(
-    page: str, records: str, algorithms: tuple[str, ...], pairs: tuple[str, ...], capsys: pytest.CaptureFixture
+    page: str,
+    records: str,
+    algorithms: tuple[str, ...],
+    pairs: tuple[str, ...],
+    capsys: pytest.CaptureFixture,
 ):
     """Both pages have the probabilities that one algorithm is above another, with their intervals."""
     plot.aggregate(ROOT / "benchmark" / "results" / records, algorithms)
@@ -134,13 +172,63 @@ def test_the_findings_are_what_the_records_say(
         assert re.search(rf"{probability}.{{1,15}}{low}.{{1,4}}{high}\D", words, re.DOTALL)
 
 
+def diff(first: str, second: str) -> list[str]:
+    """The changed lines of two scripts, each with < or > in front, as the program diff prints them."""
+    scripts = [(ROOT / name).read_text().splitlines() for name in (first, second)]
+    signs = {"-": "<", "+": ">"}
+    return [signs[line[0]] + line[1:] for line in difflib.ndiff(*scripts) if line[0] in signs]
+
+
 def test_readme_shows_the_diff():
-    """Every line of the README's excerpt is one of the diff's."""
-    scripts = [(ROOT / f"{name}_mamujoco.py").read_text().splitlines() for name in ("mappo", "happo")]
-    diff = [line for line in difflib.ndiff(*scripts) if line[0] in "-+"]
-    excerpt = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
-    changed = [line.translate(str.maketrans("<>", "-+", "")) for line in excerpt if line[0] in "<>"]
-    assert len(changed) > 5 and set(changed) <= set(diff)
+    """Every passage of the README's excerpt has lines that follow each other in the diff."""
+    excerpt = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    changed = diff("mappo_mamujoco.py", "happo_mamujoco.py")
+    passages = re.split(r"^(?:---|\.\.\.)\n", excerpt, flags=re.MULTILINE)
+    assert len(passages) > 2
+    for passage in passages:
+        in_order = "\n".join(line for line in changed if line[0] == passage[0])
+        assert passage in in_order + "\n"
+
+
+def test_diffs_have_as_many_lines_as_the_pages_say():
+    """The numbers of changed lines, on every page that has one."""
+    found = set()
+    for page in PAGES:
+        pattern = r"`diff (\S+) (\S+)`\D{1,5}(\d+)"
+        for first, second, number in re.findall(pattern, page.read_text()):
+            assert len(diff(first, second)) == int(number), (page.name, first, second)
+            found.add((first, second))
+    assert len(found) == 3
+
+
+def known_flags() -> set[str]:
+    """All flags of the scripts, and of the programs that play, run and measure them."""
+    scripts = [importlib.import_module(f"{name}_mamujoco") for name in SIBLINGS]
+    flags = set()
+    for program in (*scripts, evaluate, runner, throughput):
+        for field in fields(program.Args):
+            flag = field.name.replace("_", "-")
+            flags |= {f"--{flag}", f"--no-{flag}"}
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path):
+    """Flags, metrics, tests and functions are in the code."""
+    words = page.read_text()
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", words))
+    assert flags <= known_flags() | {"--help", "--logdir", "--target"}  # TensorBoard's, plot.py's
+
+    source = "\n".join(path.read_text() for path in ROOT.glob("*_mamujoco.py"))
+    metrics = set(re.findall(r"`((?:charts|losses|eval)/\w+)`", words))
+    assert all(f'"{metric}"' in source for metric in metrics)
+    of_an_agent = set(re.findall(r"`agent_0/(\w+)`", words))
+    assert of_an_agent <= set().union(*(sibling.tags for sibling in SIBLINGS.values()))
+
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("envs/*.py")):
+        source += path.read_text()
+    names = re.findall(r"`(test_\w+|[a-z]+_[a-z_]+|[A-Z]\w+\.[a-z_]+)`", words)
+    assert all(re.search(rf"\b{name.split('.')[-1]}\b", source) for name in names)
 
 
 def anchors(page: Path) -> set[str]:

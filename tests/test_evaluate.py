@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio
@@ -31,13 +32,44 @@ MADDPG = {"learning_starts": 100, "batch_size": 32, "buffer_size": 10_000}
 def train(name: str, run_dir: Path, **args: object) -> dict[str, float]:
     """Run a script on a small budget in this process; return what its last evaluation gave."""
     script = importlib.import_module(f"{name}_mamujoco")
-    defaults = {"env_id": "Reacher-2x1", "total_timesteps": 256, "num_envs": 4, "num_steps": 32, "num_threads": 1}
-    defaults |= {"hidden_sizes": (16, 16), "eval_episodes": 3} | (MADDPG if name == "maddpg" else {})
-    evaluations, play = [], script.evaluate
+    defaults = {
+        "env_id": "Reacher-2x1",
+        "total_timesteps": 256,
+        "num_envs": 4,
+        "num_steps": 32,
+        "num_threads": 1,
+        "hidden_sizes": (16, 16),
+        "eval_episodes": 3,
+    }
+    if name == "maddpg":
+        defaults |= MADDPG
+    evaluations = []
+    play = script.evaluate
+
+    def evaluate_and_keep(*args: object) -> dict[str, float]:
+        evaluations.append(play(*args))
+        return evaluations[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "evaluate", lambda *args: evaluations.append(play(*args)) or evaluations[-1])
+        patch.setattr(script, "evaluate", evaluate_and_keep)
         script.main(script.Args(**(defaults | args), run_dir=str(run_dir)))
     return evaluations[-1]
+
+
+def play_kept(path: Path, **args: object) -> tuple[np.ndarray, np.ndarray]:
+    """Run evaluate.py's main in this process; return the returns and lengths of the episodes."""
+    kept = []
+    play = evaluate.evaluate
+
+    def play_and_keep(*args: object) -> tuple[np.ndarray, np.ndarray]:
+        kept.append(play(*args))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", play_and_keep)
+        evaluate.main(Args(path, num_threads=1, **args))
+    (results,) = kept
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +90,12 @@ def process(*args: object, env: dict[str, str] | None = None) -> subprocess.Comp
     """Run evaluate.py as a user does; `command_line` does it in this process, seconds faster."""
     command = [sys.executable, str(SCRIPT), *map(str, args), "--num-threads", "1"]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | (env or {})
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | (env or {}),
     )
 
 
@@ -69,7 +106,8 @@ def error_of(capsys: pytest.CaptureFixture, path: Path, **args: object) -> str:
         patch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it has played"))
         evaluate.main(Args(path, episodes=2, num_threads=1, **args))
     out, error = capsys.readouterr()
-    assert stop.value.code == 2 and not out and error.startswith("error: ") and error.count("\n") == 1
+    assert stop.value.code == 2 and out == ""
+    assert error.startswith("error: ") and error.count("\n") == 1
     return error
 
 
@@ -82,59 +120,130 @@ CASES = [
     ("Ant-v5-4x2", {"eval_episodes": 1}),  # on Gymnasium's vectorisation
     ("Pusher-3p", {"agent_obsk": 1}),  # agents of 3, 1 and 3 actuators; action range -2 to 2
     ("Humanoid-9|8", {"agent_obsk": 1}),
-    ("Pusher-3p", {"agent_obsk": 1, "share_param": True}),
-    ("Humanoid-9|8", {"agent_obsk": 1, "share_param": True}),
+    ("Hopper-3x1", {"agent_obsk": 1, "share_param": True}),  # two observations are padded
+    ("Pusher-7x1", {"agent_obsk": 1, "share_param": True}),
 ]
 
 
-@pytest.mark.parametrize(("env_id", "flags"), CASES, ids=[f"{env_id} {' '.join(flags)}" for env_id, flags in CASES])
+@pytest.mark.parametrize(
+    ("env_id", "flags"), CASES, ids=[f"{env_id} {' '.join(flags)}" for env_id, flags in CASES]
+)
 @pytest.mark.parametrize("name", SIBLINGS)
-def test_the_score_is_that_of_the_script(name: str, env_id: str, flags: dict, tmp_path: Path, capsys, monkeypatch):
-    """Mean, deviation, minimum, maximum and mean length of the run's last evaluation, to the last bit, and printed."""
+def test_the_score_is_that_of_the_script(
+    name: str, env_id: str, flags: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The run's last evaluation to the last bit, from directory, checkpoint.pt and model.pt; and it is printed."""
     if name == "maddpg" and "share_param" in flags:
         pytest.skip("MADDPG has no --share-param")
-    expected = train(name, tmp_path / "run", env_id=env_id, **flags)
-    played, play = [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args: played.append(play(*args)) or played[-1])
-    capsys.readouterr()
-    episodes, seed = flags.get("eval_episodes", 3), flags.get("seed", 1)
-    evaluate.main(Args(tmp_path / "run", episodes=episodes, seed=seed, num_threads=1))
-    ((returns, lengths),) = played
-    assert returns.shape == lengths.shape == (episodes,)
-    scores = [returns.mean(), returns.std(), returns.min(), returns.max(), lengths.mean()]
-    keys = [*(f"eval/episodic_return{suffix}" for suffix in ("", "_std", "_min", "_max")), "eval/episodic_length"]
-    assert dict(zip(keys, scores, strict=True)) == expected
-    mean, std, low, high, length = scores
-    assert capsys.readouterr().out == (
-        f"{env_id}, {episodes} episodes, seed {seed}: "
-        f"return mean {mean:.2f}, std {std:.2f}, min {low:.2f}, max {high:.2f}; mean length {length:.1f}\n"
-    )
+    run_dir = tmp_path / "run"
+    expected = train(name, run_dir, env_id=env_id, **flags)
+    episodes = flags.get("eval_episodes", 3)
+    seed = flags.get("seed", 1)
+    for path in (run_dir, run_dir / "checkpoint.pt", run_dir / "model.pt"):
+        capsys.readouterr()
+        returns, lengths = play_kept(path, episodes=episodes, seed=seed)
+        assert returns.shape == lengths.shape == (episodes,)
+        assert expected == {
+            "eval/episodic_return": returns.mean(),
+            "eval/episodic_return_std": returns.std(),
+            "eval/episodic_length": lengths.mean(),
+        }
+        score = f"mean {returns.mean():.2f}, std {returns.std():.2f}"
+        score += f", min {min(returns):.2f}, max {max(returns):.2f}"
+        assert capsys.readouterr().out == (
+            f"{env_id}, {episodes} episodes, seed {seed}: return {score}; "
+            f"mean length {lengths.mean():.1f}\n"
+        )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmark/models").glob("*.pt")), ids=lambda path: path.stem)
-def test_trained_models_have_their_recorded_score(path: Path, capsys: pytest.CaptureFixture):
-    """That of the best seed's last evaluation in figure 3; another machine adds up in another order, so nearly."""
+def test_a_directory_plays_its_newest_state(finished: Path, tmp_path: Path):
+    """A kill between the two files leaves a model.pt behind its checkpoint; without a checkpoint it is played."""
+    expected = train("happo", tmp_path / "longer", total_timesteps=1024)
+    old = play_kept(finished, episodes=3, seed=1)[0].mean()
+    assert old != expected["eval/episodic_return"]
+    shutil.copy(finished / "model.pt", tmp_path / "longer")
+    newest = play_kept(tmp_path / "longer", episodes=3, seed=1)[0].mean()
+    assert newest == expected["eval/episodic_return"]
+    (tmp_path / "longer" / "checkpoint.pt").unlink()
+    assert play_kept(tmp_path / "longer", episodes=3, seed=1)[0].mean() == old
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmark/models").glob("*.pt")), ids=lambda path: path.stem
+)
+def test_trained_models_have_their_recorded_score(
+    path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """That of the best seed's last evaluation in figure 3, from its start states.
+
+    Only nearly: another machine and another order of the products round differently, and where one of twenty robots
+    falls for that, their mean return changes by up to 5%. The scripts that made the records seeded their evaluations
+    with 1,000,000 + seed.
+    """
     algorithm, env_id = path.stem.split("-", 1)
     records = (ROOT / "benchmark/results/figure3").glob(f"{env_id}__{algorithm}__*.csv")
-    score, seed = max(
-        (np.genfromtxt(file, delimiter=",", names=True)["eval_return"][-1], int(file.stem.split("__")[2]))
-        for file in records
-    )
+    scores = {}
+    for file in records:
+        evaluations = np.genfromtxt(file, delimiter=",", names=True)["eval_return"]
+        scores[int(file.stem.split("__")[2])] = evaluations[-1]
+    seed = max(scores, key=scores.get)
+    recorded_seed = 1_000_000 + seed
+    make_vec = envs.make_vec
+
+    def make_vec_seeded(*args: object, **kwargs: object) -> gym.vector.VectorEnv:
+        vec = make_vec(*args, **kwargs)
+        reset = vec.reset
+        monkeypatch.setattr(vec, "reset", lambda seed: reset(seed=recorded_seed))
+        return vec
+
+    monkeypatch.setattr(envs, "make_vec", make_vec_seeded)
     evaluate.main(Args(path, episodes=20, seed=seed, num_threads=1))
     numbers = rf"{env_id}, 20 episodes, seed {seed}: return mean ([-\d.]+), std ([\d.]+)"
     mean, std = map(float, re.match(numbers, capsys.readouterr().out).groups())
-    assert mean == pytest.approx(score, abs=max(0.02 * score, 4 * std / 20**0.5))
+    assert mean == pytest.approx(scores[seed], abs=max(0.05 * scores[seed], 4 * std / 20**0.5))
 
 
 @pytest.mark.parametrize("tanh", [False, True])
 def test_actions_stay_in_range(model: dict, tanh: bool):
-    """Networks whose outputs are 3 and -5: actions 1 and -1, and their tangens hyperbolicus for MADDPG."""
-    agents = [[torch.zeros_like(tensor) for tensor in agent] for agent in model["agents"]]
-    agents[0][-1] += 3
-    agents[1][-1] -= 5
-    actions = evaluate.Policy(model | {"agents": agents, "tanh": tanh})(np.zeros((2, 10)))
+    """Networks whose outputs are 3 and -5: actions 1 and -1, and their hyperbolic tangents for MADDPG."""
+    policy = {name: torch.zeros_like(tensor) for name, tensor in model["policy"].items()}
+    policy["actors.0.net.4.bias"] += 3
+    policy["actors.1.net.4.bias"] -= 5
+    args = model["args"].copy()
+    if tanh:
+        del args["log_std_init"]  # MADDPG has none
+    actions = evaluate.Policy(model | {"policy": policy, "args": args})(np.zeros((2, 10)))
     np.testing.assert_allclose(actions, [np.tanh([3, -5]) if tanh else [1, -1]] * 2, rtol=1e-6)
     assert actions.dtype == np.float32
+
+
+def test_actions_are_scaled_into_asymmetric_ranges():
+    """The actions -1, 0, 1 become the lower end, the middle and the upper end; rounding leads out of no range."""
+    low = -np.linspace(0.01, 1, 200, dtype=np.float32)
+    high = np.ones(200, dtype=np.float32)
+    center = (low + high) / 2
+    half = (high - low) / 2
+    assert (center - half < low).any()  # so rounding alone would lead out
+    space = Box(low, high)
+    applied = []
+
+    def step(actions: np.ndarray) -> tuple:
+        applied.append(actions)
+        ended = np.array([len(applied) == 3])
+        return np.zeros((1, 1)), np.ones(1), ended, ~ended & False, {}
+
+    def reset(seed: int) -> tuple:
+        return np.zeros((1, 1)), {}
+
+    vec = SimpleNamespace(num_envs=1, single_action_space=space, reset=reset, step=step)
+    wanted = iter((-1.0, 0.0, 1.0))
+    returns, lengths = evaluate.evaluate(
+        vec, lambda obs: np.full((1, 200), next(wanted), dtype=np.float32), seed=0
+    )
+    for actions, expected in zip(applied, (low, center, high), strict=True):
+        assert all(action in space for action in actions)
+        np.testing.assert_allclose(actions[0], expected, atol=1e-6)
+    assert (returns, lengths) == (3, 3)
 
 
 def test_command_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -143,7 +252,8 @@ def test_command_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     before = {file: file.read_bytes() for file in finished.iterdir()}
     done = process(finished, "--episodes", 5)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("Reacher-2x1, 5 episodes, seed 0: return mean -") and done.stdout.count("\n") == 1
+    assert done.stdout.startswith("Reacher-2x1, 5 episodes, seed 0: return mean -")
+    assert done.stdout.count("\n") == 1
     assert done.stdout.endswith("; mean length 50.0\n")
     command_line(SCRIPT, tmp_path / "shared.bin", "--episodes", 5)
     assert capsys.readouterr().out == done.stdout
@@ -155,41 +265,77 @@ def test_command_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_no_script_is_imported():
     """A model can be played without the code that trained it."""
     program = "import evaluate, sys; print([name for name in sys.modules if 'mamujoco' in name])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
 # Bad input
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--episodes", 0), ("--seed", -1), ("--num-threads", -1)])
-def test_bad_numbers_are_shown_in_a_box(finished: Path, flag: str, value: int, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("flag", "value", "least"),
+    [("--episodes", 0, "greater than 0"), ("--seed", -1, "0"), ("--num-threads", -1, "0")],
+)
+def test_bad_numbers_are_shown_in_a_box(
+    finished: Path, flag: str, value: int, least: str, capsys: pytest.CaptureFixture
+):
     """Exit code 2, and what would be right."""
     with pytest.raises(SystemExit, match="2"):
         command_line(SCRIPT, finished, flag, value)
-    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert f"{flag} is {value}: it must be from" in error and "Traceback" not in error
+    out, error = capsys.readouterr()
+    words = " ".join(error.replace("│", " ").split())
+    assert f"{flag[2:].replace('-', '_')} Input should be greater than " in words
+    assert least in words and f"input_value={value}" in words
+    assert out == "" and "Traceback" not in error
 
 
-def test_files_that_are_no_models(finished: Path, model: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Nothing, text, half a model, a checkpoint, a model with a part missing or of the wrong size: one line each."""
+def test_files_that_are_no_models(
+    finished: Path, model: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Nothing, text, half a file, a model with a part missing or of the wrong size: one line each."""
     file = tmp_path / "model.pt"
     assert f"{file}: no model can be read there (FileNotFoundError)" in error_of(capsys, file)
-    assert f"{file}: no model can be read there (FileNotFoundError)" in error_of(capsys, tmp_path)
+    missing = f"{tmp_path}: no model can be read there (FileNotFoundError)"
+    assert missing in error_of(capsys, tmp_path)
     whole = (finished / "model.pt").read_bytes()
-    for content in (b"", b"not a model\n", whole[: len(whole) // 2], (finished / "checkpoint.pt").read_bytes()):
-        file.write_bytes(content)
-        assert f"{file}: no model can be read there (" in error_of(capsys, tmp_path)
-        assert file.read_bytes() == content
-    changes = [{"obs_ids": [[0, 99], [1, 2]]}, {"act_ids": [[0], [7]]}, {"args": {}}, {"obs_rms": [[0.0], [1.0], 1.0]}]
-    changes += [{"agents": model["agents"] * 2}, {"agents": [[]]}, {"agents": 3}]
-    for broken in [{k: v for k, v in model.items() if k != key} for key in model] + [model | c for c in changes]:
-        torch.save(broken, file)
+    for content in (b"", b"not a model\n", whole[: len(whole) // 2]):
+        for name in ("model.pt", "checkpoint.pt"):
+            path = tmp_path / name
+            path.write_bytes(content)
+            for place in (tmp_path, path):
+                assert f"{place}: no model can be read there (" in error_of(capsys, place)
+            assert path.read_bytes() == content
+            path.unlink()
+    policy = model["policy"]
+    weight, bias = policy["actors.1.net.2.weight"], policy["actors.1.net.4.bias"]
+    changes = [
+        {"obs_ids": [[0, 99], [1, 2]]},
+        {"obs_ids": [[0], [1]]},
+        {"act_ids": [[0], [7]]},
+        {"args": {}},
+        {"obs_rms": [[0.0], [1.0], 1.0]},
+        {"policy": 3},
+        {"policy": {}},
+        {"policy": {name: x for name, x in policy.items() if not name.startswith("actors.1.")}},
+        {"policy": {name: x for name, x in policy.items() if name != "actors.1.net.4.bias"}},
+        {"policy": policy | {"actors.1.net.2.weight": weight[:, :-1]}},
+        {"policy": policy | {"actors.1.net.4.bias": bias.repeat(2)}},
+        {"policy": policy | {"actors.1.net.4.bias": "zero"}},
+    ]
+    broken = [model | change for change in changes]
+    for key in ("args", "obs_rms", "obs_ids", "act_ids", "policy"):
+        broken.append({name: value for name, value in model.items() if name != key})
+    for state in broken:
+        torch.save(state, file)
         assert f"{file}: no model can be read there (" in error_of(capsys, file)
     file.write_text("not a model")
     done = process(file)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {file}: no model can be read there (UnpicklingError)\n"
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        rf"error: {re.escape(str(file))}: no model can be read there \(\w+\)\n", done.stderr
+    )
 
 
 def test_a_hostile_file_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -200,7 +346,7 @@ def test_a_hostile_file_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(bait),)
 
-    torch.save({"agents": Hostile()}, file)
+    torch.save({"policy": Hostile()}, file)
     assert "no model can be read there (UnpicklingError)" in error_of(capsys, file)
     assert not bait.exists()
     torch.load(file, weights_only=False)  # the bait works
@@ -249,15 +395,17 @@ def test_film(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     films, score = done.stdout.splitlines()
     assert films.startswith(f"{name}.mp4 and {name}.gif: the first episode, return -")
     command_line(SCRIPT, finished, "--episodes", 2)
-    assert score == capsys.readouterr().out.strip()  # it does not disturb the evaluation
-    video, gif = imageio.mimread(f"{name}.mp4", memtest=False), imageio.mimread(f"{name}.gif")
-    assert np.shape(video) == (50, 480, 480, 3) and len(gif) == 25  # 50 steps in 1 s, 20 or more pictures a second
+    assert score == capsys.readouterr().out.strip()  # filming does not disturb the evaluation
+    video = imageio.mimread(f"{name}.mp4", memtest=False)
+    gif = imageio.mimread(f"{name}.gif")
+    # 50 steps take 1 s, at 20 or more pictures a second.
+    assert np.shape(video) == (50, 480, 480, 3) and len(gif) == 25
     assert (video[0] != video[25]).any() and (gif[0] != gif[12]).any()
-    colors = paint(robot(envs.make_vec("Reacher-2x1", 1)).model, envs.make_vec("Reacher-2x1", 1).partition)
-    for agent, color in enumerate(colors):
+    vec = envs.make_vec("Reacher-2x1", 1)
+    for agent, color in enumerate(paint(robot(vec).model, vec.partition)):
         np.testing.assert_allclose(video[10][12 + 24 * agent, 4], 255 * color, atol=25)  # lossy
-        gap = np.abs(video[10][120:].astype(int) - 255 * color).max(axis=-1)  # the limb, in light and shadow
-        assert (gap < 100).sum() > 50
+        limb = np.abs(video[10][120:].astype(int) - 255 * color).max(axis=-1)
+        assert (limb < 100).sum() > 50  # in light and shadow
 
 
 @needs_gl
@@ -275,7 +423,9 @@ def test_film_of_gymnasiums_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_films_are_not_overwritten(finished: Path, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_films_are_not_overwritten(
+    finished: Path, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     """One line, before anything is played."""
     (tmp_path / f"film{suffix}").write_text("mine")
     error = error_of(capsys, finished, video=str(tmp_path / "film"))
@@ -283,7 +433,9 @@ def test_films_are_not_overwritten(finished: Path, suffix: str, tmp_path: Path, 
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
 
 
-def test_no_display_says_what_to_install(finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_no_display_says_what_to_install(
+    finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     """Before anything is played or made."""
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(evaluate, "GL_BACKENDS", ("nonsense", "rubbish"))
@@ -291,12 +443,16 @@ def test_no_display_says_what_to_install(finished: Path, tmp_path: Path, capsys,
     assert "film: nonsense and rubbish cannot draw here: apt install libegl1 or libosmesa6" in error
     done = process(finished, "--video", tmp_path / "film", env={"MUJOCO_GL": "disable"})
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.endswith("film: disable cannot draw here: apt install libegl1 or libosmesa6\n")
+    assert done.stderr.endswith(
+        "film: disable cannot draw here: apt install libegl1 or libosmesa6\n"
+    )
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 @needs_gl
-def test_drawing_is_tried_before_playing(finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_drawing_is_tried_before_playing(
+    finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     """Whatever the renderer raises is one line, and nothing is made."""
 
     def draw(_: Film) -> None:
@@ -308,10 +464,14 @@ def test_drawing_is_tried_before_playing(finished: Path, tmp_path: Path, capsys,
 
 
 @needs_gl
-def test_a_directory_that_cannot_be_made(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_directory_that_cannot_be_made(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     """A file is in the way."""
     (tmp_path / "file").touch()
-    assert "Not a directory" in error_of(capsys, finished, video=str(tmp_path / "file" / "films" / "film"))
+    assert "Not a directory" in error_of(
+        capsys, finished, video=str(tmp_path / "file" / "films" / "film")
+    )
 
 
 TWINS = """
@@ -342,11 +502,16 @@ class TwinsEnv(MujocoEnv):
 def test_two_actuators_on_a_joint_have_no_colour(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Such a robot can be evaluated, but not filmed."""
     (tmp_path / "twins.xml").write_text(TWINS)
-    gym.register("Twins-v0", TwinsEnv, max_episode_steps=9, kwargs={"xml_file": str(tmp_path / "twins.xml")})
+    gym.register(
+        "Twins-v0", TwinsEnv, max_episode_steps=9, kwargs={"xml_file": str(tmp_path / "twins.xml")}
+    )
     try:
         train("maddpg", tmp_path / "run", env_id="Twins-v0-2x1")
         error = error_of(capsys, tmp_path / "run", video=str(tmp_path / "film"))
-        assert "film: a partition needs a model in which every actuator drives a joint of its own" in error
+        assert (
+            "film: a partition needs a model in which every actuator drives a joint of its own"
+            in error
+        )
         evaluate.main(Args(tmp_path / "run", episodes=2))
         assert capsys.readouterr().out.endswith("mean length 9.0\n")
     finally:
@@ -358,8 +523,21 @@ def test_two_actuators_on_a_joint_have_no_colour(tmp_path: Path, capsys: pytest.
     [
         # From the XML: the hips' bodies aux_1 to aux_4 are driven by agents 1, 2, 3, 0 (actuators 2, 4, 6, 0); what
         # lies between them and the torso belongs to nobody.
-        ("Ant-4x2", {"aux_1": [1], "aux_2": [2], "aux_3": [3], "aux_4": [0], "front_left_leg": [], "torso": []}),
-        ("HalfCheetah-6x1", {"bthigh": [0], "bshin": [1], "bfoot": [2], "fthigh": [3], "ffoot": [5], "torso": []}),
+        (
+            "Ant-4x2",
+            {
+                "aux_1": [1],
+                "aux_2": [2],
+                "aux_3": [3],
+                "aux_4": [0],
+                "front_left_leg": [],
+                "torso": [],
+            },
+        ),
+        (
+            "HalfCheetah-6x1",
+            {"bthigh": [0], "bshin": [1], "bfoot": [2], "fthigh": [3], "ffoot": [5], "torso": []},
+        ),
         # abdomen_y, abdomen_x: the two joints of one body, of different agents.
         ("Humanoid-17x1", {"lwaist": [0, 1], "pelvis": [2], "torso": []}),
     ],
@@ -398,7 +576,15 @@ def test_filming_leaves_the_physics_alone(tmp_path: Path):
 
 @needs_gl
 @pytest.mark.parametrize(
-    "env_id", ["HalfCheetah-6x1", "Ant-4x2", "Hopper-3x1", "Walker2d-6x1", "Humanoid-17x1", "ManySegmentSwimmer-10x2"]
+    "env_id",
+    [
+        "HalfCheetah-6x1",
+        "Ant-4x2",
+        "Hopper-3x1",
+        "Walker2d-6x1",
+        "Humanoid-17x1",
+        "ManySegmentSwimmer-10x2",
+    ],
 )
 def test_the_camera_follows_the_robot(env_id: str, tmp_path: Path):
     """After 20 metres the robot is still in the picture: as many pixels of the agents' bright colours as before."""

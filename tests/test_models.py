@@ -6,7 +6,11 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import pytest
-from gymnasium_robotics.envs.multiagent_mujoco import coupled_half_cheetah, many_segment_ant, many_segment_swimmer
+from gymnasium_robotics.envs.multiagent_mujoco import (
+    coupled_half_cheetah,
+    many_segment_ant,
+    many_segment_swimmer,
+)
 
 from envs import models
 
@@ -48,7 +52,13 @@ def assert_same_model(ours: mujoco.MjModel, theirs: mujoco.MjModel, skipped: tup
     assert set(ours) == set(theirs)
     compared = [field for field in theirs if not field.startswith(skipped)]
     assert len(compared) > 400
-    assert {"opt.timestep", "opt.integrator", "opt.viscosity", "stat.meaninertia", "actuator_gear"} < set(compared)
+    assert {
+        "opt.timestep",
+        "opt.integrator",
+        "opt.viscosity",
+        "stat.meaninertia",
+        "actuator_gear",
+    } < set(compared)
     for field in compared:
         assert ours[field].dtype == theirs[field].dtype, field
         assert ours[field].shape == theirs[field].shape, field
@@ -58,12 +68,22 @@ def assert_same_model(ours: mujoco.MjModel, theirs: mujoco.MjModel, skipped: tup
 @pytest.mark.parametrize(
     ("ours", "gen_asset", "num_segments", "skipped"),
     [
-        *((models.many_segment_swimmer, many_segment_swimmer.gen_asset, n, NAMES) for n in (2, 3, 6, 20)),
-        *((models.many_segment_ant, many_segment_ant.gen_asset, n, (*NAMES, *CONTACT_LIMIT)) for n in (1, 2, 6)),
+        *(
+            (models.many_segment_swimmer, many_segment_swimmer.gen_asset, n, NAMES)
+            for n in (2, 3, 6, 20)
+        ),
+        *(
+            (models.many_segment_ant, many_segment_ant.gen_asset, n, (*NAMES, *CONTACT_LIMIT))
+            for n in (1, 2, 6)
+        ),
     ],
 )
 def test_many_segment_models_are_mamujocos(
-    ours: Callable[[int], mujoco.MjModel], gen_asset: Callable, num_segments: int, skipped: tuple, tmp_path: Path
+    ours: Callable[[int], mujoco.MjModel],
+    gen_asset: Callable,
+    num_segments: int,
+    skipped: tuple,
+    tmp_path: Path,
 ) -> None:
     """The same physics, for the smallest robots and larger ones."""
     gen_asset(num_segments, str(tmp_path / "theirs.xml"))

@@ -33,7 +33,14 @@ DEVIATIONS = [
     ("Swimmer", "2x1", [1], ALL_K, "qvel: slider1", ""),
     # MaMuJoCo shows the front segment, which is no joint's, to nobody.
     *(
-        ("ManySegmentSwimmer", f"{n}x2", range(n), ALL_K, "qpos,qvel: free_body_rot; qvel: slider1 slider2", "")
+        (
+            "ManySegmentSwimmer",
+            f"{n}x2",
+            range(n),
+            ALL_K,
+            "qpos,qvel: free_body_rot; qvel: slider1 slider2",
+            "",
+        )
         for n in (10, 5)
     ),
     # MaMuJoCo's Humanoid: abdomen_x owns the thighs instead of the abdomen's own bodies, hips do not own the pelvis;
@@ -47,7 +54,12 @@ DEVIATIONS = [
             ([0], [2], "", "qpos: right_hip_y right_knee left_hip_y left_knee"),
             ([1], ALL_K, "body: pelvis", ""),
             ([1], [1], "", "qpos: abdomen_z abdomen_y"),
-            ([1], [2], "", "qpos: abdomen_z right_shoulder1 right_shoulder2 left_shoulder1 left_shoulder2"),
+            (
+                [1],
+                [2],
+                "",
+                "qpos: abdomen_z right_shoulder1 right_shoulder2 left_shoulder1 left_shoulder2",
+            ),
         )
     ),
     # The same with one agent per joint, where MaMuJoCo also has the rows of abdomen_y and abdomen_z exchanged.
@@ -55,8 +67,18 @@ DEVIATIONS = [
         (robot, "17x1", *row)
         for robot in ("Humanoid", "HumanoidStandup")
         for row in (
-            ([0], [0], "qpos,qvel,qfrc_actuator: abdomen_y", "qpos,qvel,qfrc_actuator: abdomen_z; body: pelvis"),
-            ([1], [0], "qpos,qvel,qfrc_actuator: abdomen_z", "qpos,qvel,qfrc_actuator: abdomen_y; body: pelvis"),
+            (
+                [0],
+                [0],
+                "qpos,qvel,qfrc_actuator: abdomen_y",
+                "qpos,qvel,qfrc_actuator: abdomen_z; body: pelvis",
+            ),
+            (
+                [1],
+                [0],
+                "qpos,qvel,qfrc_actuator: abdomen_z",
+                "qpos,qvel,qfrc_actuator: abdomen_y; body: pelvis",
+            ),
             ([2], [0], "body: lwaist", "body: right_thigh left_thigh"),
             ([3, 4, 5], [0], "body: pelvis", "body: right_shin"),
             ([6], [0], "body: right_thigh", ""),
@@ -72,7 +94,9 @@ DEVIATIONS = [
     # torso and the stub but not the upper leg, its ankle owns all three of the leg.
     *(
         ("Ant", "8x1", *row)
-        for i, (n, stub) in enumerate([(4, "right_back"), (1, "front_left"), (2, "front_right"), (3, "back")])
+        for i, (n, stub) in enumerate(
+            [(4, "right_back"), (1, "front_left"), (2, "front_right"), (3, "back")]
+        )
         for row in (
             ([2 * i], ALL_K, f"cfrc_ext: aux_{n}", ""),
             ([2 * i + 1], ALL_K, "", f"cfrc_ext: {stub}_leg"),
@@ -82,7 +106,14 @@ DEVIATIONS = [
     ("Reacher", "2x1", [1], ALL_K, "", "outside: fingertip_z"),
     # Both of MaMuJoCo's cheetahs read the joints of the second.
     *(
-        ("CoupledHalfCheetah", "1p1", [0], ALL_K, f"qpos,qvel: {cheetah.format(0)}", f"qpos,qvel: {cheetah.format(1)}")
+        (
+            "CoupledHalfCheetah",
+            "1p1",
+            [0],
+            ALL_K,
+            f"qpos,qvel: {cheetah.format(0)}",
+            f"qpos,qvel: {cheetah.format(1)}",
+        )
         for cheetah in ("bthigh{0} bshin{0} bfoot{0} fthigh{0} fshin{0} ffoot{0}",)
     ),
     # MaMuJoCo reads segment s of n, except the last, in the rows 4 (n - 2 - s) to 4 (n - 2 - s) + 3 of qpos and of
@@ -104,7 +135,12 @@ DEVIATIONS = [
     *(
         ("ManySegmentAnt", "3x2", *row)
         for row in (
-            ([0], ALL_K, "qpos,qvel: legs_0 hip1_1; qvel: ankle1_1", "qvel: legs_2 hip1_3 ankle1_3"),
+            (
+                [0],
+                ALL_K,
+                "qpos,qvel: legs_0 hip1_1; qvel: ankle1_1",
+                "qvel: legs_2 hip1_3 ankle1_3",
+            ),
             ([0], [0], "", "qpos: legs_2 hip1_3"),
             ([0], [1], "qpos: hip2_3 hips_4 hips_5", "qpos: ankles_2"),
             ([0], [2], "qpos: ankle1_3 hip2_3 ankle2_3 legs_4 legs_5", ""),
@@ -121,9 +157,26 @@ DEVIATIONS = [
 
 # The partitions of MaMuJoCo (get_parts_and_edges), and some that its documentation says how to make from its nodes.
 OFFERED = [
-    *(("HalfCheetah", "2x3"), ("HalfCheetah", "6x1"), ("Ant", "2x4"), ("Ant", "2x4d"), ("Ant", "4x2")),
-    *(("Hopper", "3x1"), ("Humanoid", "9|8"), ("HumanoidStandup", "9|8"), ("Walker2d", "2x3"), ("Reacher", "2x1")),
-    *(("Pusher", "3p"), ("Swimmer", "2x1"), ("ManySegmentSwimmer", "10x2"), ("ManySegmentSwimmer", "5x2")),
+    *(
+        ("HalfCheetah", "2x3"),
+        ("HalfCheetah", "6x1"),
+        ("Ant", "2x4"),
+        ("Ant", "2x4d"),
+        ("Ant", "4x2"),
+    ),
+    *(
+        ("Hopper", "3x1"),
+        ("Humanoid", "9|8"),
+        ("HumanoidStandup", "9|8"),
+        ("Walker2d", "2x3"),
+        ("Reacher", "2x1"),
+    ),
+    *(
+        ("Pusher", "3p"),
+        ("Swimmer", "2x1"),
+        ("ManySegmentSwimmer", "10x2"),
+        ("ManySegmentSwimmer", "5x2"),
+    ),
     *(("ManySegmentAnt", "2x3"), ("ManySegmentAnt", "3x2"), ("CoupledHalfCheetah", "1p1")),
 ]
 CUSTOM = [
@@ -136,7 +189,15 @@ CUSTOM = [
 ]
 # The number of actuators of the robots that MaMuJoCo also offers as a single agent.
 NUM_ACTUATORS = {
-    **{"HalfCheetah": 6, "Ant": 8, "Hopper": 3, "Walker2d": 6, "Humanoid": 17, "HumanoidStandup": 17, "Swimmer": 2},
+    **{
+        "HalfCheetah": 6,
+        "Ant": 8,
+        "Hopper": 3,
+        "Walker2d": 6,
+        "Humanoid": 17,
+        "HumanoidStandup": 17,
+        "Swimmer": 2,
+    },
     **{"Reacher": 2, "Pusher": 7, "CoupledHalfCheetah": 12},
 }
 
@@ -162,10 +223,20 @@ EDGES = {
 }
 EDGES["HumanoidStandup"] = EDGES["Humanoid"]
 SAME_EDGES = {
-    **{"HalfCheetah": "6x1", "Hopper": "3x1", "Walker2d": "2x3", "Ant": "4x2", "Swimmer": "2x1", "Pusher": "3p"},
+    **{
+        "HalfCheetah": "6x1",
+        "Hopper": "3x1",
+        "Walker2d": "2x3",
+        "Ant": "4x2",
+        "Swimmer": "2x1",
+        "Pusher": "3p",
+    },
     **{"Reacher": "2x1", "ManySegmentSwimmer": "2x2", "CoupledHalfCheetah": "1p1"},
 }
-SMALL = {"ManySegmentSwimmer": "2x2", "ManySegmentAnt": "3x1"}  # partitions of the two robots of any length
+SMALL = {
+    "ManySegmentSwimmer": "2x2",
+    "ManySegmentAnt": "3x1",
+}  # partitions of the two robots of any length
 
 
 class DenseTendons:
@@ -174,7 +245,9 @@ class DenseTendons:
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         self.data = data
         self.ten_J = np.zeros((model.ntendon, model.nv))
-        for row, start, count in zip(self.ten_J, model.ten_J_rowadr, model.ten_J_rownnz, strict=True):
+        for row, start, count in zip(
+            self.ten_J, model.ten_J_rowadr, model.ten_J_rownnz, strict=True
+        ):
             row[model.ten_J_colind[start : start + count]] = data.ten_J[start : start + count]
 
     def __getattr__(self, name: str) -> np.ndarray:
@@ -185,7 +258,9 @@ class DenseCoupledHalfCheetah(CoupledHalfCheetahEnv):
     """Gymnasium-Robotics' environment; its observation reads a dense tendon Jacobian."""
 
     def _get_obs(self) -> np.ndarray:
-        return CoupledHalfCheetahEnv._get_obs(SimpleNamespace(data=DenseTendons(self.model, self.data)))
+        return CoupledHalfCheetahEnv._get_obs(
+            SimpleNamespace(data=DenseTendons(self.model, self.data))
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +279,9 @@ def dense_tendons(monkeypatch):
     build_obs = mujoco_multi.build_obs
 
     def dense_build_obs(data: mujoco.MjData, *args):
-        return build_obs(DenseTendons(data.model, data) if isinstance(data, mujoco.MjData) else data, *args)
+        return build_obs(
+            DenseTendons(data.model, data) if isinstance(data, mujoco.MjData) else data, *args
+        )
 
     monkeypatch.setattr(mujoco_multi, "CoupledHalfCheetahEnv", DenseCoupledHalfCheetah)
     monkeypatch.setattr(mujoco_multi, "build_obs", dense_build_obs)
@@ -213,7 +290,9 @@ def dense_tendons(monkeypatch):
 @functools.cache
 def physics(robot: str) -> tuple[mujoco.MjModel, list[tuple[str, int]]]:
     """A robot's model and the entries of its observation."""
-    task = envs.make_vec(robot, 1, num_threads=1, partition=SMALL.get(robot) or f"1x{NUM_ACTUATORS[robot]}")
+    task = envs.make_vec(
+        robot, 1, num_threads=1, partition=SMALL.get(robot) or f"1x{NUM_ACTUATORS[robot]}"
+    )
     return task.env.model, task.obs_entries
 
 
@@ -230,7 +309,9 @@ def label(model: mujoco.MjModel, entry: tuple[str, int], index: int) -> str:
     if field in ("qpos", "qvel", "qfrc_actuator"):
         addresses = model.jnt_qposadr if field == "qpos" else model.jnt_dofadr
         joint = np.flatnonzero(addresses <= row)[-1]
-        return f"{field} {model.joint(joint).name}" + (f"[{row}]" if model.jnt_type[joint] == 0 else "")
+        return f"{field} {model.joint(joint).name}" + (
+            f"[{row}]" if model.jnt_type[joint] == 0 else ""
+        )
     return f"{field} {model.body(row).name or row}"
 
 
@@ -262,7 +343,9 @@ def observed_by_mamujoco(multi: mamujoco_v1.parallel_env) -> list[tuple[set[int]
     """What each of MaMuJoCo's agents observes: entries of the flat observation, and values that are not in it."""
     mapping = multi.create_observation_mapping()
     if mapping is not None:
-        return [(set(mapping[agent].astype(int).tolist()), set()) for agent in multi.possible_agents]
+        return [
+            (set(mapping[agent].astype(int).tolist()), set()) for agent in multi.possible_agents
+        ]
     # It does not say which entries it shows: look for their values, all different, at a random state.
     env, rng = multi.single_agent_env.unwrapped, np.random.default_rng(0)
     env.set_state(rng.uniform(-0.2, 0.2, env.model.nq), rng.uniform(-0.2, 0.2, env.model.nv))
@@ -270,12 +353,19 @@ def observed_by_mamujoco(multi: mamujoco_v1.parallel_env) -> list[tuple[set[int]
     assert len(index) == env.observation_space.shape[0]
     outside = {}
     if "fingertip" in [env.model.body(b).name for b in range(env.model.nbody)]:
-        outside[env.data.body("fingertip").xpos[2] - env.data.body("target").xpos[2]] = "outside fingertip_z"
+        outside[env.data.body("fingertip").xpos[2] - env.data.body("target").xpos[2]] = (
+            "outside fingertip_z"
+        )
     observed = [set(multi._get_obs_agent(i).tolist()) for i in range(multi.num_agents)]
-    return [({index[v] for v in values & set(index)}, {outside[v] for v in values - set(index)}) for values in observed]
+    return [
+        ({index[v] for v in values & set(index)}, {outside[v] for v in values - set(index)})
+        for values in observed
+    ]
 
 
-def assert_differs_as_listed(multi: mamujoco_v1.parallel_env, robot: str, partition: str, k: int) -> None:
+def assert_differs_as_listed(
+    multi: mamujoco_v1.parallel_env, robot: str, partition: str, k: int
+) -> None:
     """The same actuators per agent, and observations that differ by exactly what `DEVIATIONS` lists."""
     vec = envs.make_vec(f"{robot}-{partition}", 1, agent_obsk=k, num_threads=1)
     labels = [label(vec.env.model, entry, i) for i, entry in enumerate(vec.obs_entries)]
@@ -290,8 +380,12 @@ def assert_differs_as_listed(multi: mamujoco_v1.parallel_env, robot: str, partit
         only_ours, only_theirs = expected_deviation(robot, partition, agent, k)
         assert only_ours | only_theirs - outside <= set(labels), "a deviation that names no entry"
         our_ids = set(vec.partition.obs_ids[agent].tolist())
-        assert our_ids - their_ids == {i for i, name in enumerate(labels) if name in only_ours}, f"agent {agent}"
-        assert their_ids - our_ids == {i for i, name in enumerate(labels) if name in only_theirs}, f"agent {agent}"
+        assert our_ids - their_ids == {i for i, name in enumerate(labels) if name in only_ours}, (
+            f"agent {agent}"
+        )
+        assert their_ids - our_ids == {i for i, name in enumerate(labels) if name in only_theirs}, (
+            f"agent {agent}"
+        )
         assert outside == only_theirs - set(labels)
 
 
@@ -299,7 +393,9 @@ def assert_differs_as_listed(multi: mamujoco_v1.parallel_env, robot: str, partit
 @pytest.mark.parametrize(("robot", "partition"), OFFERED)
 def test_observations_are_mamujocos(robot, partition, k, dense_tendons):
     """Every partition that MaMuJoCo has by name."""
-    assert_differs_as_listed(mamujoco_v1.parallel_env(robot, partition, agent_obsk=k), robot, partition, k)
+    assert_differs_as_listed(
+        mamujoco_v1.parallel_env(robot, partition, agent_obsk=k), robot, partition, k
+    )
 
 
 @pytest.mark.parametrize(("robot", "partition", "k"), CUSTOM)
@@ -339,7 +435,10 @@ def parse_edges(text: str) -> set[frozenset[str]]:
     for group in re.findall(r"\(.*?\)|\S+", text):
         names = re.split(r"[- ()]+", group.strip("()"))
         pairs |= {
-            frozenset(p) for p in (itertools.combinations(names, 2) if "(" in group else itertools.pairwise(names))
+            frozenset(p)
+            for p in (
+                itertools.combinations(names, 2) if "(" in group else itertools.pairwise(names)
+            )
         }
     return pairs
 
@@ -351,16 +450,20 @@ def test_joint_graph_is_the_hand_written_one(robot):
     names, graph = joint_names(model), joint_graph(model)
     np.testing.assert_array_equal(graph, graph.T)
     assert not graph.diagonal().any()
-    assert {frozenset((names[a], names[b])) for a, b in zip(*np.nonzero(graph), strict=True)} == parse_edges(
-        EDGES[robot]
-    )
+    assert {
+        frozenset((names[a], names[b])) for a, b in zip(*np.nonzero(graph), strict=True)
+    } == parse_edges(EDGES[robot])
 
 
 @pytest.mark.parametrize("robot", SAME_EDGES)
 def test_joint_graph_is_mamujocos(robot):
     """MaMuJoCo's sets of tied joints, by the actuators' numbers."""
     _, edges, _ = mamujoco_v1.get_parts_and_edges(robot, SAME_EDGES[robot])
-    theirs = {frozenset(p) for e in edges for p in itertools.combinations([node.act_ids for node in e.nodes], 2)}
+    theirs = {
+        frozenset(p)
+        for e in edges
+        for p in itertools.combinations([node.act_ids for node in e.nodes], 2)
+    }
     graph = joint_graph(physics(robot)[0])
     assert {frozenset((int(a), int(b))) for a, b in zip(*np.nonzero(graph), strict=True)} == theirs
 
@@ -394,7 +497,10 @@ def test_a_tree_with_everything_in_it():
     names, graph = joint_names(model), joint_graph(model)
     edges = {frozenset((names[a], names[b])) for a, b in zip(*np.nonzero(graph), strict=True)}
     assert edges == parse_edges("pan-lift-wrist pan-tail")
-    bodies = {name: {model.body(b).name for b in joint_bodies(model, model.joint(name).id)} for name in names}
+    bodies = {
+        name: {model.body(b).name for b in joint_bodies(model, model.joint(name).id)}
+        for name in names
+    }
     assert bodies == {
         "other": {"other"},
         "wrist": {"hand", "nail", "passive"},
@@ -424,7 +530,9 @@ def test_actuators_must_drive_joints_of_their_own(actuators):
     model = mujoco.MjModel.from_xml_string(xml)
     with pytest.raises(ValueError, match="every actuator drives a joint of its own"):
         make_partition(model, [[0], [1]], [("qpos", 0)], 0)
-    assert [ids.tolist() for ids in make_partition(model, [[0], [1]], [("qpos", 0)], None).obs_ids] == [[0], [0]]
+    assert [
+        ids.tolist() for ids in make_partition(model, [[0], [1]], [("qpos", 0)], None).obs_ids
+    ] == [[0], [0]]
 
 
 # Parsing
@@ -439,7 +547,9 @@ def test_every_division_is_a_partition(num_actuators):
             expected = [list(range(i * size, (i + 1) * size)) for i in range(agents)]
             assert envs.parse_partition("AnyRobot", text, num_actuators) == expected
         else:
-            with pytest.raises(ValueError, match=f"no partition '{text}': its {num_actuators} actuators"):
+            with pytest.raises(
+                ValueError, match=f"no partition '{text}': its {num_actuators} actuators"
+            ):
                 envs.parse_partition("AnyRobot", text, num_actuators)
 
 
@@ -449,7 +559,9 @@ def test_segments_of_many_segment_ant_have_four_actuators():
     with pytest.raises(ValueError, match="its 8 actuators split as 1x2, 2x1 or"):
         envs.parse_partition("ManySegmentAnt", "8x1", 8)
     assert envs.make_vec("ManySegmentAnt-2x3", 1).single_action_space.shape == (24,)
-    assert envs.make_vec("ManySegmentAnt-[[0,1,2,3,4,5,6],[7]]", 1).single_action_space.shape == (8,)
+    assert envs.make_vec("ManySegmentAnt-[[0,1,2,3,4,5,6],[7]]", 1).single_action_space.shape == (
+        8,
+    )
     assert envs.make_vec("ManySegmentSwimmer-5x2", 1).single_action_space.shape == (10,)
     assert envs.make_vec("ManySegmentSwimmer-[[2],[0,1]]", 1).single_action_space.shape == (3,)
 
@@ -468,7 +580,9 @@ NAMED = {
         "r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint",
     ],
 }
-NAMED["HumanoidStandup", "9p8"] = NAMED["Humanoid", "9|8"] = NAMED["HumanoidStandup", "9|8"] = NAMED["Humanoid", "9p8"]
+NAMED["HumanoidStandup", "9p8"] = NAMED["Humanoid", "9|8"] = NAMED["HumanoidStandup", "9|8"] = (
+    NAMED["Humanoid", "9p8"]
+)
 
 
 @pytest.mark.parametrize(("robot", "name"), NAMED)
@@ -476,7 +590,9 @@ def test_named_partitions_by_joint_names(robot, name):
     """Who drives what, in words."""
     names = joint_names(physics(robot)[0])
     parsed = envs.parse_partition(robot, name, len(names))
-    assert [{names[a] for a in agent} for agent in parsed] == [set(text.split()) for text in NAMED[robot, name]]
+    assert [{names[a] for a in agent} for agent in parsed] == [
+        set(text.split()) for text in NAMED[robot, name]
+    ]
 
 
 def test_the_same_partition_in_every_spelling():
@@ -510,7 +626,11 @@ def test_the_same_partition_in_every_spelling():
         ("CoupledHalfCheetah-2p2", None, "12x1, 1p1 or"),
         ("ManySegmentSwimmer-2p2", None, "neither NxM nor actuator lists such as"),
         ("ManySegmentSwimmer-1x1", None, "at least 2 segments"),
-        ("HalfCheetah-[[0,1,2],[3,4]]", None, "must use each actuator of HalfCheetah, 0 to 5, once"),
+        (
+            "HalfCheetah-[[0,1,2],[3,4]]",
+            None,
+            "must use each actuator of HalfCheetah, 0 to 5, once",
+        ),
         ("HalfCheetah-[[0,1,2],[3,4,4]]", None, "0 to 5, once"),
         ("HalfCheetah-[[0,1,2],[3,4,6]]", None, "0 to 5, once"),
         ("HalfCheetah-[[0,1,2,3,4,5],[]]", None, "0 to 5, once"),
@@ -557,7 +677,9 @@ def test_an_environment_that_cannot_be_imported_is_an_error(monkeypatch):
         raise ImportError("moved\nelsewhere")
 
     monkeypatch.setitem(gym.registry, "Ant-v9", gym.envs.registration.EnvSpec("Ant-v9", moved))
-    with pytest.raises(ValueError, match="unknown env_id 'Ant-v9-4x2'; did you mean Ant-4x2") as error:
+    with pytest.raises(
+        ValueError, match="unknown env_id 'Ant-v9-4x2'; did you mean Ant-4x2"
+    ) as error:
         envs.make_vec("Ant-v9-4x2", 1)
     assert "\n" not in str(error.value)
 
@@ -594,7 +716,9 @@ def test_what_every_partition_keeps(drawn, k):
     model, entries = physics(robot)
     everything = make_partition(model, act_lists, entries, None)
     assert [ids.tolist() for ids in everything.act_ids] == act_lists
-    assert [ids.tolist() for ids in everything.obs_ids] == [list(range(len(entries)))] * len(act_lists)
+    assert [ids.tolist() for ids in everything.obs_ids] == [list(range(len(entries)))] * len(
+        act_lists
+    )
     near, far = (make_partition(model, act_lists, entries, reach) for reach in (k, k + 1))
     assert sorted(np.concatenate(near.act_ids).tolist()) == list(range(model.nu))
     for ids in near.obs_ids:
@@ -614,7 +738,11 @@ def test_a_far_sight_shows_every_position_of_the_own_robot(robot):
     own = [[a] for a in range(model.nu)]
     far, near = (as_sets(make_partition(model, own, entries, k).obs_ids) for k in (1000, 0))
     for a in range(model.nu):
-        rows = {("qpos", model.jnt_qposadr[j]) for j, root in zip(joints, roots, strict=True) if root == roots[a]}
+        rows = {
+            ("qpos", model.jnt_qposadr[j])
+            for j, root in zip(joints, roots, strict=True)
+            if root == roots[a]
+        }
         assert far[a] == near[a] | {i for i, entry in enumerate(entries) if entry in rows}
 
 
@@ -631,7 +759,9 @@ def test_every_environment_runs(env_id, agent_obsk):
     """Each can be made, reset and stepped through its partition."""
     vec = envs.make_vec(env_id, 2, agent_obsk, num_threads=1)
     text = env_id.split("-")[1]
-    assert vec.partition.num_agents == ({"9|8": 2, "3p": 3, "1p1": 2}.get(text) or int(text.split("x")[0]))
+    assert vec.partition.num_agents == (
+        {"9|8": 2, "3p": 3, "1p1": 2}.get(text) or int(text.split("x")[0])
+    )
     obs, _ = vec.reset(seed=0)
     actions = np.full(vec.action_space.shape, np.nan, np.float32)
     for obs_ids, act_ids in zip(vec.partition.obs_ids, vec.partition.act_ids, strict=True):
@@ -647,7 +777,9 @@ def test_every_environment_runs(env_id, agent_obsk):
 @pytest.mark.parametrize("version", ["v4", "v5"])
 def test_named_partitions_hold_for_versions_of_a_robot(version):
     """Ant-v5-2x4 is Ant-2x4 (front and back legs), not the diagonals that consecutive actuators would make."""
-    versioned, named = (envs.make_vec(f"{robot}-2x4", 1).partition for robot in (f"Ant-{version}", "Ant"))
+    versioned, named = (
+        envs.make_vec(f"{robot}-2x4", 1).partition for robot in (f"Ant-{version}", "Ant")
+    )
     assert [ids.tolist() for ids in versioned.act_ids] == [ids.tolist() for ids in named.act_ids]
     assert named.act_ids[0].tolist() == [2, 3, 4, 5]
 
@@ -675,7 +807,9 @@ def test_too_many_segments_are_refused_at_once():
 def test_action_ranges_must_be_finite(low, high, monkeypatch):
     """An empty or infinite range is refused by the actuator's number."""
     env = gym.make("Hopper-v5").unwrapped
-    env.action_space = gym.spaces.Box(np.array([-1, low, -1.0]), np.array([1, high, 1.0]), dtype=np.float64)
+    env.action_space = gym.spaces.Box(
+        np.array([-1, low, -1.0]), np.array([1, high, 1.0]), dtype=np.float64
+    )
     monkeypatch.setattr(envs.gym, "make", lambda _: env)
     with pytest.raises(ValueError, match="actuator 1 must be finite"):
         envs.make_vec("Hopper-v4-3x1", 1)

@@ -1,325 +1,495 @@
-"""The policies: densities against torch.distributions, all the actors at once against each one alone."""
+"""The policies: densities against closed forms, acting together against each actor alone."""
 
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from conftest import mlp
-from scipy import stats
-from torch.distributions import Independent, Normal, kl_divergence
+from conftest import gaussian, mlp, set_theta, theta_of, update_of
+from scipy import special, stats
+from torch import nn
+from torch.distributions import Categorical, Independent, kl_divergence
 
 import envs
-import hatrpo_mamujoco as hatrpo
 
 pytestmark = pytest.mark.usefixtures("float64")
-either_sharing = pytest.mark.parametrize("share_param", [False, True], ids=["separate", "shared"])
-CPU = torch.device("cpu")
 
 
 def close(got, expected, tolerance=1e-12):
     """Assert equality of shape, and of values to `tolerance`."""
+    expected = torch.as_tensor(expected)
     assert got.shape == expected.shape
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+def randomize(module, seed):
+    """Draw all parameters anew: no zero bias and no small output hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    set_theta(module, 0.5 * torch.randn(len(theta_of(module)), generator=generator))
 
 
 # Densities
 
-SHAPES = [(1, 1), (7, 1), (7, 3), (4, 5, 6)]
+SHAPES = [(1, 1), (7, 1), (7, 3)]
+each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
-def random_dist(shape):
-    """Mean and log_std of a policy, and the same distribution by PyTorch."""
-    mean, log_std = torch.randn(shape), torch.randn(*shape[:-2], 1, shape[-1])
-    return (mean, log_std), Independent(Normal(mean, log_std.exp()), 1)
+def random_gaussian(script, shape, seed):
+    """What a random actor returns for B random observations; its means and standard deviations."""
+    batch, act_dim = shape
+    actor = script.Actor(5, act_dim, script.Args(hidden_sizes=(8,)))
+    randomize(actor, seed)
+    obs = torch.randn(batch, 5, generator=torch.Generator().manual_seed(0))
+    mean, log_std = gaussian(theta_of(actor), obs, (8,), act_dim)
+    return actor(obs), mean.numpy(), log_std.exp().numpy()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_log_prob_equals_torch_distributions(script, shape):
-    """The joint log-probability of the action: summed over its dimensions."""
-    torch.manual_seed(0)
-    (dist, expected), actions = random_dist(shape), 3 * torch.randn(shape)
-    close(script.Actor.log_prob(dist, actions), expected.log_prob(actions))
+@each_shape
+def test_log_prob_is_the_sum_over_the_actions_dimensions(script, shape):
+    """One number [B] for each action: the logarithm of a product of normal densities."""
+    dist, mean, std = random_gaussian(script, shape, 1)
+    actions = np.random.default_rng(0).normal(0, 3, shape)
+    expected = stats.norm.logpdf(actions, mean, std).sum(-1)
+    assert expected.shape == shape[:1]
+    close(dist.log_prob(torch.tensor(actions)), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_entropy_equals_torch_distributions(script, shape):
-    """Summed over the action's dimensions, and one number per network, as it is the same in every state."""
-    torch.manual_seed(0)
-    dist, expected = random_dist(shape)
-    entropy = script.Actor.entropy(dist)
-    assert entropy.shape == (*shape[:-2], 1)
-    close(entropy.expand(shape[:-1]), expected.entropy())
+@each_shape
+def test_entropy_is_the_sum_over_the_actions_dimensions(script, shape):
+    """One number [B] for each observation, the same for all: the standard deviations are."""
+    dist, mean, std = random_gaussian(script, shape, 1)
+    expected = stats.norm.entropy(mean, std).sum(-1)
+    assert expected.shape == shape[:1]
+    close(dist.entropy(), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_kl_equals_torch_distributions(shape):
-    """KL(old || new) and not the reverse, summed over the action's dimensions; exactly 0 of a policy to itself."""
-    torch.manual_seed(0)
-    (old, expected_old), (new, expected_new) = random_dist(shape), random_dist(shape)
-    close(hatrpo.Actor.kl(old, new), kl_divergence(expected_old, expected_new))
-    assert (hatrpo.Actor.kl(old, old) == 0).all()
+@each_shape
+def test_kl_is_the_closed_form_of_two_gaussians(script, shape):
+    """KL(old || new) by kl_divergence, summed over the action's dimensions; 0 from a policy to itself."""
+    old, old_mean, old_std = random_gaussian(script, shape, 1)
+    new, new_mean, new_std = random_gaussian(script, shape, 2)
+    terms = np.log(new_std / old_std) - 0.5
+    terms = terms + (old_std**2 + (old_mean - new_mean) ** 2) / (2 * new_std**2)
+    close(kl_divergence(old, new), terms.sum(-1))
+    assert (kl_divergence(old, old) == 0).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_samples_are_the_mean_plus_noise_of_the_generator(script, shape):
-    """log_std is a logarithm, the generator says it all, and without one there is no noise."""
-    torch.manual_seed(0)
-    (mean, log_std), _ = random_dist(shape)
-    sample = script.Actor.sample((mean, log_std), torch.Generator().manual_seed(5))
-    close(sample, mean + log_std.exp() * torch.randn(shape, generator=torch.Generator().manual_seed(5)))
-    assert torch.equal(script.Actor.sample((mean, log_std), None), mean)
+@each_shape
+def test_mode_is_the_mean_and_a_sample_is_a_constant(script, shape):
+    """The likeliest action is the mean; no gradient goes through an action that was drawn."""
+    dist, mean, _ = random_gaussian(script, shape, 1)
+    close(dist.mode, mean)
+    sample = dist.sample()
+    assert sample.shape == shape
+    assert not sample.requires_grad
 
 
 # Networks
 
 
 def test_initial_network(script):
-    """Orthogonal weights of gain sqrt(2), 0.01 at the output; zero biases; log_std as asked for; reproducible."""
+    """Orthogonal weights of gain sqrt(2), 0.01 at the output; zero biases; log_std as asked for."""
     args = script.Args(hidden_sizes=(8, 4), log_std_init=-0.7)
-    actor, same = (script.Actor(5, 3, args, torch.Generator().manual_seed(1)) for _ in range(2))
-    layers = [layer.detach() for layer in actor.layers()]
-    assert [w.shape for w in layers] == [(5, 8), (1, 8), (8, 4), (1, 4), (4, 3), (1, 3)]
-    for weight, bias, gain in zip(layers[::2], layers[1::2], (2**0.5, 2**0.5, 0.01), strict=True):
-        np.testing.assert_allclose(np.linalg.svd(weight, compute_uv=False), gain, rtol=1e-9)
-        assert (bias == 0).all()
-    assert actor.theta[-3:].tolist() == [-0.7] * 3
-    assert len(actor.theta) == sum(w.numel() for w in layers) + 3
-    assert [p is actor.theta for p in actor.parameters()] == [True]
-    assert torch.equal(actor.theta, same.theta)
+    torch.manual_seed(1)
+    actor = script.Actor(5, 3, args)
+    torch.manual_seed(1)
+    same = script.Actor(5, 3, args)
+    linear_layers = [layer for layer in actor.net if isinstance(layer, nn.Linear)]
+    shapes = [tuple(layer.weight.shape) for layer in linear_layers]
+    assert shapes == [(8, 5), (4, 8), (3, 4)]
+    for layer, gain in zip(linear_layers, (2**0.5, 2**0.5, 0.01), strict=True):
+        singular_values = np.linalg.svd(layer.weight.detach(), compute_uv=False)
+        np.testing.assert_allclose(singular_values, gain, rtol=1e-9)
+        assert (layer.bias == 0).all()
+    assert actor.log_std.tolist() == [-0.7] * 3
+    assert len(theta_of(actor)) == (5 + 1) * 8 + (8 + 1) * 4 + (4 + 1) * 3 + 3
+    assert torch.equal(theta_of(actor), theta_of(same))
 
 
-def test_rows_of_theta_are_networks(script):
-    """Theta [n, P]: each row is a network of its own; theta [P] is one. With ReLU between the layers, none behind."""
-    networks = script.MLP((3, 8, 4, 2), 1.0, torch.Generator())
-    theta = torch.randn(4, len(networks.theta))
-    x = torch.randn(4, 5, 3)
-    networks.theta = torch.nn.Parameter(theta)
-    outputs = networks(x)
-    for i in range(4):
-        expected, rest = mlp(theta[i], x[i], (8, 4, 2))
-        close(outputs[i].detach(), expected)
-        assert len(rest) == 0
-    networks.theta = torch.nn.Parameter(theta[2])
-    close(networks(x).detach(), torch.stack([mlp(theta[2], row, (8, 4, 2))[0] for row in x]))
+@pytest.mark.parametrize("hidden_sizes", [(8, 4), (6,), ()])
+def test_network_is_linear_layers_with_relu_between(script, hidden_sizes):
+    """Also when there is none between; and no ReLU behind the last layer."""
+    net = script.mlp((3, *hidden_sizes, 2), 1.0)
+    randomize(net, 0)
+    x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1))
+    expected = mlp(theta_of(net), x, (*hidden_sizes, 2))
+    assert (expected < 0).any()
+    close(net(x), expected)
 
 
-# Actors
+# Agents
 
 # What the agents see overlaps, none drives neighbouring actuators, and no two have the same sizes.
-OVERLAPPING = envs.Partition(
+UNEQUAL = envs.Partition(
     obs_ids=(np.array([0, 2, 5]), np.array([4]), np.array([0, 1, 2, 3, 5])),
     act_ids=(np.array([3, 0]), np.array([5, 2, 4]), np.array([1])),
 )
-OBS_DIMS, ACT_DIMS = (3, 1, 5), (2, 3, 1)
+# The same with equally many actuators, so that the agents can share an actor.
+EQUAL = envs.Partition(
+    obs_ids=UNEQUAL.obs_ids,
+    act_ids=(np.array([3, 0]), np.array([5, 2]), np.array([1, 4])),
+)
 PARTITIONS = {
-    "overlapping": None,
-    "HalfCheetah, obsk 0, permuted": ("HalfCheetah-[[5,0],[3],[1,4,2]]", 0),
+    "unequal": UNEQUAL,
+    "equal": EQUAL,
+    "HalfCheetah, obsk 0, unequal": ("HalfCheetah-[[5,0],[3],[1,4,2]]", 0),
+    "HalfCheetah, obsk 0, equal": ("HalfCheetah-[[5,0],[3,1],[4,2]]", 0),
     "Walker2d-2x3": ("Walker2d-2x3", None),
     "Ant-2x4d, obsk 1": ("Ant-2x4d", 1),
 }
-each_partition = pytest.mark.parametrize("name", PARTITIONS)
+OF_UNEQUAL_AGENTS = ("unequal", "HalfCheetah, obsk 0, unequal")
+SEPARATE = [(name, False) for name in PARTITIONS]
+SHARED = [(name, True) for name in PARTITIONS if name not in OF_UNEQUAL_AGENTS]
+each_partition = pytest.mark.parametrize(("name", "share_param"), SEPARATE + SHARED)
+each_small_one = pytest.mark.parametrize(
+    ("name", "share_param"), [("unequal", False), ("equal", False), ("equal", True)]
+)
 
 
 @cache
 def make_partition(name):
     """One of `PARTITIONS`, with the lengths of the flat observation and action."""
-    if PARTITIONS[name] is None:
-        return OVERLAPPING, 6, 6
-    env_id, agent_obsk = PARTITIONS[name]
+    partition = PARTITIONS[name]
+    if isinstance(partition, envs.Partition):
+        return partition, 6, 6
+    env_id, agent_obsk = partition
     vec = envs.make_vec(env_id, 1, agent_obsk, 1)
     return vec.partition, vec.single_observation_space.shape[0], vec.single_action_space.shape[0]
 
 
-def make_policy(script, share_param, name="overlapping", seed=0, hidden_sizes=(8, 7)):
-    """A policy whose parameters are all random: no zero bias and no small output hides a mistake."""
+def make_policy(script, name, share_param, seed=0, hidden_sizes=(8, 7)):
+    """A policy whose parameters are all random."""
     partition, obs_dim, _ = make_partition(name)
-    generator = torch.Generator().manual_seed(seed)
     args = script.Args(hidden_sizes=hidden_sizes, share_param=share_param)
-    policy = script.Policy(partition, obs_dim, args, generator, CPU)
-    policy.joint.theta.data.copy_(0.5 * torch.randn(policy.joint.theta.shape, generator=generator))
+    policy = script.Policy(partition, obs_dim, args)
+    randomize(policy, seed)
     return policy
 
 
+def random_obs(size, obs_dim=6):
+    """Flat observations."""
+    return torch.randn(size, obs_dim, generator=torch.Generator().manual_seed(1))
+
+
 def own_obs(partition, obs, i, share_param):
-    """What actor i must get: its entries, zeros up to the longest agent's, and with sharing its one-hot id."""
-    own = torch.zeros(len(obs), max(map(len, partition.obs_ids)))
-    own[:, : len(partition.obs_ids[i])] = obs[:, partition.obs_ids[i]]
-    return torch.cat([own, torch.eye(partition.num_agents)[[i] * len(obs)]], 1) if share_param else own
+    """What actor i must get: its entries; with sharing zeros up to the longest agent's, and its id."""
+    own = obs[:, partition.obs_ids[i]]
+    if not share_param:
+        return own
+    longest = max(len(ids) for ids in partition.obs_ids)
+    zeros = torch.zeros(len(obs), longest - own.shape[1])
+    one_hot = torch.zeros(len(obs), partition.num_agents)
+    one_hot[:, i] = 1
+    return torch.cat([own, zeros, one_hot], dim=1)
 
 
-def own_dist(policy, partition, obs, i, share_param, hidden_sizes=(8, 7)):
-    """Mean and log_std of agent i, from its actor's theta alone."""
-    num_outputs, act_dim = max(map(len, partition.act_ids)), len(partition.act_ids[i])
-    theta, seen = policy.actors[i].theta.detach(), own_obs(partition, obs, i, share_param)
-    mean, log_std = mlp(theta, seen, (*hidden_sizes, num_outputs))
-    assert len(log_std) == num_outputs
-    return mean[:, :act_dim], log_std[None, :act_dim]
+def own_gaussian(policy, partition, obs, i, share_param, hidden_sizes=(8, 7)):
+    """Means and log_std of agent i, from the parameters of its actor alone."""
+    seen = own_obs(partition, obs, i, share_param)
+    return gaussian(theta_of(policy.actors[i]), seen, hidden_sizes, len(partition.act_ids[i]))
 
 
-@either_sharing
-def test_agents_see_their_own_entries(script, share_param):
-    """An agent's observation: its entries in their order; padded by zeros; with sharing followed by its id."""
-    obs = torch.arange(12.0).reshape(2, 1, 6)
-    expected = torch.tensor([
-        [[0, 2, 5, 0, 0, 1, 0, 0], [6, 8, 11, 0, 0, 1, 0, 0]],
-        [[4, 0, 0, 0, 0, 0, 1, 0], [10, 0, 0, 0, 0, 0, 1, 0]],
-        [[0, 1, 2, 3, 5, 0, 0, 1], [6, 7, 8, 9, 11, 0, 0, 1]],
-    ])[:, :, None]  # fmt: skip
-    got = make_policy(script, share_param).observe(obs)
-    close(got, expected[..., : 8 if share_param else 5].double())
+def test_agents_see_their_own_entries(script):
+    """An agent's observation has its entries in their order, and nothing else."""
+    obs = torch.arange(12.0).reshape(2, 6)
+    got = make_policy(script, "unequal", False).observe(obs)
+    close(got[0], torch.tensor([[0.0, 2, 5], [6, 8, 11]]))
+    close(got[1], torch.tensor([[4.0], [10]]))
+    close(got[2], torch.tensor([[0.0, 1, 2, 3, 5], [6, 7, 8, 9, 11]]))
+    assert len(got) == 3
+
+
+def test_agents_that_share_an_actor_see_padding_and_their_id(script):
+    """The entries are followed by zeros up to the longest agent's, and by the one-hot id."""
+    obs = torch.arange(12.0).reshape(2, 6)
+    got = make_policy(script, "equal", True).observe(obs)
+    close(got[0], torch.tensor([[0.0, 2, 5, 0, 0, 1, 0, 0], [6, 8, 11, 0, 0, 1, 0, 0]]))
+    close(got[1], torch.tensor([[4.0, 0, 0, 0, 0, 0, 1, 0], [10, 0, 0, 0, 0, 0, 1, 0]]))
+    close(got[2], torch.tensor([[0.0, 1, 2, 3, 5, 0, 0, 1], [6, 7, 8, 9, 11, 0, 0, 1]]))
+    assert len(got) == 3
+
+
+@each_partition
+def test_observe_is_made_for_each_partition(script, name, share_param):
+    """The same by the definition, on the robots' partitions; the sizes are those of the networks."""
+    partition, obs_dim, _ = make_partition(name)
+    policy = make_policy(script, name, share_param)
+    obs = random_obs(4, obs_dim)
+    got = policy.observe(obs)
+    for i in range(partition.num_agents):
+        close(got[i], own_obs(partition, obs, i, share_param))
+        assert policy.actors[i].net[0].in_features == got[i].shape[1]
+        assert policy.act_ids[i].tolist() == partition.act_ids[i].tolist()
 
 
 def test_shared_actors_are_one_network(script):
-    """With sharing all the actors have the same parameter, without it a row each of the joint policy's."""
-    shared, separate = (make_policy(script, share_param) for share_param in (True, False))
-    assert all(actor.theta is shared.joint.theta for actor in shared.actors)
-    theta = separate.joint.theta.detach().clone()
-    assert theta.shape == (3, *shared.actors[0].theta.shape[:-1], (5 + 1) * 8 + (8 + 1) * 7 + (7 + 1) * 3 + 3)
-    with torch.no_grad():
-        separate.actors[1].theta += 1
-    close(separate.joint.theta.detach() - theta, torch.tensor([[0.0], [1], [0]]).expand(theta.shape))
-    for policy in (shared, separate):
-        assert [actor.act_dim for actor in policy.actors] == list(ACT_DIMS)
-        assert [p is policy.joint.theta for p in policy.parameters()] == [True]
+    """With sharing all the actors are one module, whose parameters an optimiser gets once."""
+    policy = make_policy(script, "equal", True)
+    assert len(policy.actors) == 3
+    assert all(actor is policy.actors[0] for actor in policy.actors)
+    for got, own in zip(policy.parameters(), policy.actors[0].parameters(), strict=True):
+        assert got is own
+    assert len(theta_of(policy)) == (5 + 3 + 1) * 8 + (8 + 1) * 7 + (7 + 1) * 2 + 2
+
+
+def test_separate_actors_are_networks_of_their_own_sizes(script):
+    """Without sharing no parameter belongs to two agents, and none is padded."""
+    policy = make_policy(script, "unequal", False)
+    sizes = [len(theta_of(actor)) for actor in policy.actors]
+    expected = [(3 + 1) * 8 + (7 + 1) * 2 + 2, (1 + 1) * 8 + (7 + 1) * 3 + 3]
+    expected.append((5 + 1) * 8 + (7 + 1) * 1 + 1)
+    assert sizes == [(8 + 1) * 7 + rest for rest in expected]
+    assert len(theta_of(policy)) == sum(sizes)
 
 
 def test_agents_begin_with_networks_of_their_own(script):
     """Without sharing every agent's first weights are its own draw, each layer orthogonal."""
     args = script.Args(hidden_sizes=(8, 7), log_std_init=-0.7)
-    policy = script.Policy(OVERLAPPING, 6, args, torch.Generator().manual_seed(0), CPU)
-    for weight, gain in zip(policy.joint.layers()[::2], (2**0.5, 2**0.5, 0.01), strict=True):
-        np.testing.assert_allclose(np.linalg.svd(weight.detach(), compute_uv=False), gain, rtol=1e-9)
-        assert all(not torch.isclose(weight[i], weight[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
-    assert (policy.joint.theta[:, -3:] == -0.7).all()
+    torch.manual_seed(0)
+    policy = script.Policy(UNEQUAL, 6, args)
+    hidden = []
+    for actor in policy.actors:
+        assert (actor.log_std == -0.7).all()
+        for index, gain in ((0, 2**0.5), (2, 2**0.5), (4, 0.01)):
+            weight = actor.net[index].weight.detach()
+            singular_values = np.linalg.svd(weight, compute_uv=False)
+            np.testing.assert_allclose(singular_values, gain, rtol=1e-9)
+        hidden.append(actor.net[2].weight)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.isclose(hidden[i], hidden[j]).any()
+
+
+@pytest.mark.parametrize("name", OF_UNEQUAL_AGENTS)
+def test_agents_with_unequal_actuators_cannot_share_an_actor(script, name):
+    """The message names the flag. Separate actors of the same partition are fine."""
+    with pytest.raises(ValueError, match="share-param"):
+        make_policy(script, name, True)
+    make_policy(script, name, False)
 
 
 def test_the_id_reaches_the_shared_network(script):
-    """The weights of one agent's id move that agent's actions and nobody else's, alone and in the joint policy."""
-    obs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    """The weights of one agent's id move that agent's actions and nobody else's."""
+    obs = random_obs(5)
     for changed in range(3):
-        policy = make_policy(script, True)
-
-        def means(policy=policy):
-            alone = [actor(seen)[0] for actor, seen in zip(policy.actors, policy.observe(obs), strict=True)]
-            joint = policy.act(obs)
-            return [*alone, *(joint[:, act_ids] for act_ids in OVERLAPPING.act_ids)]
-
-        before = means()
+        policy = make_policy(script, "equal", True)
+        before = policy.act(obs, noise=False)
         with torch.no_grad():
-            policy.actors[0].layers()[0][5 + changed] += 1
-        moved = [not torch.equal(a, b) for a, b in zip(before, means(), strict=True)]
-        assert moved == 2 * [i == changed for i in range(3)]
+            policy.actors[0].net[0].weight[:, 5 + changed] += 1
+        moved = policy.act(obs, noise=False) != before
+        for i, act_ids in enumerate(EQUAL.act_ids):
+            assert moved[:, act_ids].any() == (i == changed)
 
 
-def weights_at_the_ends(actor, theta):
-    """Views of a theta, or its gradient: weights of the inputs, a row each; of the outputs, with bias and log_std."""
-    return theta[: actor.shapes[0].numel()].view(actor.shapes[0]), theta[-(7 + 1 + 1) * 3 :].view(9, 3)
+def test_padding_does_not_leak(script):
+    """Weights of inputs that an agent lacks do not move it, and get no gradient from it."""
+    obs = random_obs(5)
+    for i, num_inputs in enumerate((3, 1, 5)):
+        policy = make_policy(script, "equal", True)
+        actor = policy.actors[i]
+        before = policy.act(obs, noise=False)[:, EQUAL.act_ids[i]]
+        with torch.no_grad():
+            actor.net[0].weight[:, num_inputs:5] += 1
+        assert torch.equal(policy.act(obs, noise=False)[:, EQUAL.act_ids[i]], before)
+
+        actor(policy.observe(obs)[i]).log_prob(torch.ones(5, 2)).sum().backward()
+        gradient = actor.net[0].weight.grad
+        assert (gradient[:, num_inputs:5] == 0).all()
+        assert (gradient[:, :num_inputs] != 0).any()
+        assert (gradient[:, 5 + i] != 0).any()
 
 
-@either_sharing
-def test_padding_does_not_leak(script, share_param):
-    """Weights of inputs and outputs that an agent lacks do not move it, and get no gradient from it."""
-    obs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-    for i, (num_inputs, num_outputs) in enumerate(zip(OBS_DIMS, ACT_DIMS, strict=True)):
-        policy = make_policy(script, share_param)
-        actor, seen = policy.actors[i], policy.observe(obs)[i]
-
-        def outputs(policy=policy, i=i, seen=seen):
-            return *policy.actors[i](seen), policy.act(obs)[:, OVERLAPPING.act_ids[i]]
-
-        before = [x.detach().clone() for x in outputs()]
-        assert [x.shape[-1] for x in before] == [num_outputs] * 3
-        first, last = weights_at_the_ends(actor, actor.theta.data)
-        first[num_inputs:5] += 1
-        last[:, num_outputs:] += 1
-        assert all(torch.equal(a, b) for a, b in zip(before, outputs(), strict=True))
-
-        dist = actor(seen)
-        (actor.log_prob(dist, torch.ones(5, num_outputs)).sum() + actor.entropy(dist)).backward()
-        first, last = weights_at_the_ends(actor, actor.theta.grad)
-        assert (first[num_inputs:5] == 0).all() and (last[:, num_outputs:] == 0).all()
-        assert (first[:num_inputs] != 0).any() and (last[-2:, :num_outputs] != 0).all()
+# Acting
 
 
-# The joint policy
+def assert_policy_is_each_actor_alone(policy, name, obs, share_param, hidden_sizes=(8, 7)):
+    """Without noise the means of agent i are on agent i's actuators, and so are its distributions."""
+    partition, _, act_dim = make_partition(name)
+    actions = policy.act(obs, noise=False)
+    assert actions.shape == (len(obs), act_dim)
+    for i, act_ids in enumerate(partition.act_ids):
+        mean, log_std = own_gaussian(policy, partition, obs, i, share_param, hidden_sizes)
+        close(actions[:, act_ids], mean)
+        dist = policy.actors[i](policy.observe(obs)[i])
+        close(dist.mean, mean)
+        close(dist.stddev, log_std.exp().expand_as(mean))
 
 
-def assert_joint_is_each_alone(policy, partition, obs, share_param, hidden_sizes=(8, 7)):
-    """A row of the joint policy's distribution is an agent's, by its actor and by its theta; and so are the actions."""
-    mean, log_std = policy.joint(policy.observe(obs))
-    best = policy.act(obs)
-    assert best.shape == (len(obs), sum(map(len, partition.act_ids)))
-    for i, (actor, act_ids) in enumerate(zip(policy.actors, partition.act_ids, strict=True)):
-        dist = own_dist(policy, partition, obs, i, share_param, hidden_sizes)
-        alone = actor(own_obs(partition, obs, i, share_param))
-        row = mean[i, :, : len(act_ids)], (log_std if share_param else log_std[i])[:, : len(act_ids)]
-        for got, expected in zip((*row, *alone), 2 * dist, strict=True):
-            close(got.detach(), expected)
-        close(best[:, act_ids], dist[0])
-
-
-@either_sharing
 @each_partition
 @pytest.mark.parametrize("hidden_sizes", [(8, 7), (5,)])
-def test_joint_policy_is_each_actor_alone(script, share_param, name, hidden_sizes):
-    """What an agent does alone on its own observation is what the joint policy does on that agent's actuators."""
+def test_policy_is_each_actor_alone(script, name, share_param, hidden_sizes):
+    """What an agent does alone on its own observation is what it does on its own actuators."""
     partition, obs_dim, act_dim = make_partition(name)
     assert sorted(np.concatenate(partition.act_ids)) == list(range(act_dim))
-    policy = make_policy(script, share_param, name, hidden_sizes=hidden_sizes)
-    obs = torch.randn(9, obs_dim, generator=torch.Generator().manual_seed(1))
-    assert_joint_is_each_alone(policy, partition, obs, share_param, hidden_sizes)
+    policy = make_policy(script, name, share_param, hidden_sizes=hidden_sizes)
+    obs = random_obs(9, obs_dim)
+    assert_policy_is_each_actor_alone(policy, name, obs, share_param, hidden_sizes)
 
 
-@either_sharing
-def test_joint_policy_stays_each_actor_alone(script, share_param):
-    """After a step of one agent's optimizer, which moves no other (but with sharing all), and after loading a state."""
-    policy, other = make_policy(script, share_param), make_policy(script, share_param, seed=1)
-    obs = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
-    before, actor = policy.act(obs), policy.actors[1]
-    optimizer = torch.optim.Adam(actor.parameters(), lr=0.1, fused=True)
-    actor.log_prob(actor(policy.observe(obs)[1]), torch.ones(9, 3)).sum().backward()
+@each_small_one
+def test_policy_stays_each_actor_alone(script, name, share_param):
+    """After a step of one agent's optimizer, which moves no other but with sharing all."""
+    partition, *_ = make_partition(name)
+    policy = make_policy(script, name, share_param)
+    obs = random_obs(9)
+    before = policy.act(obs, noise=False)
+    actor = policy.actors[1]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.1, fused=True)
+    seen = policy.observe(obs)[1]
+    actor(seen).log_prob(torch.ones(9, len(partition.act_ids[1]))).sum().backward()
     optimizer.step()
-    moved = (policy.act(obs) != before).any(0)
-    assert moved.tolist() == [share_param or a in OVERLAPPING.act_ids[1] for a in range(6)]
-    assert_joint_is_each_alone(policy, OVERLAPPING, obs, share_param)
+    moved = (policy.act(obs, noise=False) != before).any(0)
+    expected = torch.zeros(6, dtype=torch.bool)
+    expected[partition.act_ids[1]] = True
+    assert torch.equal(moved, expected | share_param)
+    assert_policy_is_each_actor_alone(policy, name, obs, share_param)
 
+
+@each_small_one
+def test_state_dict_round_trip(script, name, share_param):
+    """A policy that loads another's state acts like it to the last bit; and is no view of it."""
+    policy = make_policy(script, name, share_param)
+    other = make_policy(script, name, share_param, seed=1)
+    obs = random_obs(9)
+    assert not torch.equal(policy.act(obs, noise=False), other.act(obs, noise=False))
     policy.load_state_dict(other.state_dict())
-    assert torch.equal(policy.act(obs), other.act(obs))
-    for a, b in zip(policy.actors, other.actors, strict=True):
-        assert torch.equal(a.theta, b.theta)
-    assert_joint_is_each_alone(policy, OVERLAPPING, obs, share_param)
-    actor.theta.data.add_(1)  # a view still
-    assert not torch.equal(policy.act(obs), other.act(obs))
+    expected = other.act(obs, noise=False)
+    assert torch.equal(policy.act(obs, noise=False), expected)
+    assert torch.equal(theta_of(policy), theta_of(other))
+    assert_policy_is_each_actor_alone(policy, name, obs, share_param)
+    set_theta(policy, theta_of(policy) + 1)
+    assert torch.equal(other.act(obs, noise=False), expected)
 
 
-@either_sharing
-def test_actions_are_independent_standard_normal_draws(script, share_param):
-    """The noise has the actors' standard deviations, no correlation, and follows from the generator alone."""
-    policy = make_policy(script, share_param)
-    obs = torch.randn(4000, 6, generator=torch.Generator().manual_seed(1))
-    actions, same, other = (policy.act(obs, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-    assert torch.equal(actions, same) and not torch.equal(actions, other)
-    z = torch.empty(4000, 6)
-    for i, act_ids in enumerate(OVERLAPPING.act_ids):
-        mean, log_std = own_dist(policy, OVERLAPPING, obs, i, share_param)
+@each_partition
+def test_state_dict_is_the_policy(script, name, share_param):
+    """In NumPy, as a user would: agent i's layers on its entries, behind which are a 0 and a 1."""
+    _, obs_dim, act_dim = make_partition(name)
+    policy = make_policy(script, name, share_param)
+    state = {key: value.numpy() for key, value in policy.state_dict().items()}
+    obs = np.random.default_rng(0).normal(size=(9, obs_dim))
+    zero_one = np.tile([0.0, 1.0], (9, 1))
+    actions = np.full((9, act_dim), np.nan)
+    for i, act_ids in enumerate(policy.act_ids):
+        x = np.hstack([obs, zero_one])[:, policy.obs_ids[i].numpy()]
+        for layer in (0, 2, 4):
+            weight = state[f"actors.{i}.net.{layer}.weight"]
+            x = x @ weight.T + state[f"actors.{i}.net.{layer}.bias"]
+            if layer < 4:
+                x = np.maximum(x, 0)
+        actions[:, act_ids.numpy()] = x
+        assert state[f"actors.{i}.log_std"].shape == (len(act_ids),)
+    close(policy.act(torch.tensor(obs), noise=False), actions)
+
+
+@each_small_one
+def test_actions_are_independent_normal_draws(script, name, share_param):
+    """The noise has the actors' standard deviations and no correlation, within an agent or across."""
+    partition, *_ = make_partition(name)
+    policy = make_policy(script, name, share_param)
+    obs = random_obs(4000)
+    torch.manual_seed(3)
+    actions = policy.act(obs, noise=True)
+    z = torch.full((4000, 6), torch.nan)
+    for i, act_ids in enumerate(partition.act_ids):
+        mean, log_std = own_gaussian(policy, partition, obs, i, share_param)
         z[:, act_ids] = (actions[:, act_ids] - mean) / log_std.exp()
-    assert all(stats.kstest(z[:, a].numpy(), "norm").pvalue > 0.001 for a in range(6))
+    for actuator in range(6):
+        assert stats.kstest(z[:, actuator].numpy(), "norm").pvalue > 0.001
     assert torch.corrcoef(z.T).fill_diagonal_(0).abs().max() < 0.06
 
 
-@either_sharing
-@each_partition
-def test_export_is_the_policy(script, share_param, name):
-    """In NumPy, as a user would: agent i's layers on its entries, of which the last two are 0 and 1, give its means."""
-    _, obs_dim, act_dim = make_partition(name)
-    policy = make_policy(script, share_param, name)
-    obs = np.random.default_rng(0).normal(size=(9, obs_dim))
-    model, actions = policy.export(), np.full((9, act_dim), np.nan)
-    for layers, obs_ids, act_ids in zip(model["agents"], model["obs_ids"], model["act_ids"], strict=True):
-        x = np.column_stack([obs, np.zeros(9), np.ones(9)])[:, obs_ids]
-        for i, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
-            x = (np.maximum(x, 0) if i else x) @ weight.numpy() + bias.numpy()
-        actions[:, act_ids] = x[:, : len(act_ids)]
-    close(policy.act(torch.tensor(obs)), torch.tensor(actions))
-    assert model["tanh"] is False
+@each_small_one
+def test_the_global_generator_says_it_all(script, name, share_param):
+    """One seed, the same actions; further draws are others; without noise nothing is drawn."""
+    policy = make_policy(script, name, share_param)
+    obs = random_obs(20)
+    torch.manual_seed(3)
+    first = policy.act(obs, noise=True)
+    second = policy.act(obs, noise=True)
+    torch.manual_seed(3)
+    assert torch.equal(policy.act(obs, noise=True), first)
+    assert (first != second).all()
+
+    state = torch.get_rng_state()
+    best = policy.act(obs, noise=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(policy.act(obs, noise=False), best)
+    assert (first != best).all()
+    assert not first.requires_grad
+    assert not best.requires_grad
+
+
+# Another policy
+
+
+class CategoricalActor(nn.Module):
+    """Each actuator has one of four settings: another `forward` is all that it needs."""
+
+    NUM_SETTINGS = 4
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        self.net = nn.Linear(obs_dim, act_dim * self.NUM_SETTINGS)
+
+    def forward(self, obs):
+        logits = self.net(obs).view(len(obs), -1, self.NUM_SETTINGS)
+        return Independent(Categorical(logits=logits), 1)
+
+
+@each_small_one
+def test_another_forward_is_another_policy(script, name, share_param, monkeypatch):
+    """With Categorical actors `Policy.act` puts each agent's settings on its own actuators."""
+    monkeypatch.setattr(script, "Actor", CategoricalActor)
+    partition, *_ = make_partition(name)
+    policy = make_policy(script, name, share_param)
+    assert isinstance(policy.actors[0], CategoricalActor)
+    obs = random_obs(1).repeat(4000, 1)
+    best = policy.act(obs, noise=False)
+    torch.manual_seed(0)
+    drawn = policy.act(obs, noise=True)
+    assert best.shape == drawn.shape == (4000, 6)
+    for i, act_ids in enumerate(partition.act_ids):
+        weight, bias = policy.actors[i].net.parameters()
+        logits = own_obs(partition, obs[:1], i, share_param) @ weight.T + bias
+        logits = logits.detach().view(len(act_ids), 4).numpy()
+        for actuator, row in zip(act_ids, logits, strict=True):
+            assert (best[:, actuator] == row.argmax()).all()
+            counts = np.bincount(drawn[:, actuator].numpy(), minlength=4)
+            assert stats.chisquare(counts, 4000 * special.softmax(row)).pvalue > 0.001
+        log_prob = policy.actors[i](policy.observe(obs)[i]).log_prob(drawn[:, act_ids])
+        columns = np.arange(len(act_ids))
+        expected = special.log_softmax(logits, axis=1)[columns, drawn[:, act_ids]].sum(-1)
+        close(log_prob, expected)
+
+
+def test_another_forward_learns(script):
+    """Categorical actors whose first setting is rewarded choose it more often after the update."""
+    args = script.Args()
+    torch.manual_seed(0)
+    actors = [CategoricalActor(3, 2, args) for _ in range(2)]
+    obs = [torch.randn(200, 3) for _ in range(2)]
+    with torch.no_grad():
+        actions = [actor(own).sample() for actor, own in zip(actors, obs, strict=True)]
+    good = [(a == 0).double().mean(1) for a in actions]
+    advantages = (good[0] + good[1]) / 2
+    advantages = (advantages - advantages.mean()) / advantages.std()
+
+    def share_of_first():
+        shares = []
+        for actor, own in zip(actors, obs, strict=True):
+            shares.append(actor(own).base_dist.probs[..., 0].mean().item())
+        return np.array(shares)
+
+    before = share_of_first()
+    update = update_of(script)
+    parameters = [*actors[0].parameters(), *actors[1].parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    name = script.__name__
+    if name == "hatrpo_mamujoco":
+        log = update(actors, obs, actions, advantages, args)
+    elif name == "ippo_mamujoco":
+        log = update(actors, optimizer, obs, actions, [advantages, advantages], args)
+    else:
+        log = update(actors, optimizer, obs, actions, advantages, args)
+    assert (share_of_first() > before).all()
+    assert all(np.isfinite(float(value)) for value in log.values())

@@ -1,14 +1,16 @@
 """Runs that are stopped, resumed, evaluated, shared, tracked, and that fail."""
 
 import errno
-import io
+import importlib
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,8 +18,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import ROOT, SMALL, command_line, error_of, train
+from test_scripts import HAPPO, ROOT, SMALL, TINY, command_line, error_of, model_of, run, train
 
 import envs
 
@@ -25,7 +28,6 @@ pytestmark = pytest.mark.slow  # whole runs and processes
 
 ITERATION = 128  # environment steps, with the flags of SMALL and in `train`
 TIMES = {"charts/SPS"}
-HAPPO = ROOT / "happo_mamujoco.py"
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -40,20 +42,30 @@ def newest(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
+def saved_files(run_dir: Path) -> dict[Path, bytes]:
+    """The bytes of the checkpoint and the model of a run."""
+    return {file: file.read_bytes() for file in run_dir.glob("*.pt")}
+
+
 def differences(a: object, b: object, path: str = "") -> list[str]:
     """Where two checkpoints differ, except in what belongs to the run and not to its state."""
     if path == "/args":
         return []
     if isinstance(a, dict) and a.keys() == b.keys():
-        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [path]
+        pairs = [(key, a[key], b[key]) for key in a]
+    elif isinstance(a, list) and len(a) == len(b):
+        pairs = [(i, a[i], b[i]) for i in range(len(a))]
+    else:
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        return [] if same else [path]
+    found = []
+    for key, x, y in pairs:
+        found += differences(x, y, f"{path}/{key}")
+    return found
 
 
 def next_second() -> None:
-    """Wait until a new event file sorts behind the old: its name is the second, then the number of the process."""
+    """Wait until a new event file sorts behind the old: its name is the second, then the process."""
     time.sleep(1 - time.time() % 1)
 
 
@@ -61,10 +73,39 @@ def resume(script: ModuleType, run_dir: Path, **changes: object) -> dict:
     """Continue a run in this process, as `--resume` with these flags does; return its model."""
     next_second()
     checkpoint = newest(run_dir)
-    script.main(
-        script.Args(**checkpoint["args"] | {"resume": str(run_dir), "run_dir": str(run_dir)} | changes), checkpoint
-    )
-    return torch.load(run_dir / "model.pt", weights_only=True)
+    changes = {"resume": str(run_dir), "run_dir": str(run_dir)} | changes
+    script.main(script.Args(**checkpoint["args"] | changes), checkpoint)
+    return model_of(run_dir)
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    """Return when a process has written a file."""
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C come in the middle of that step of the training environments, counted from 1."""
+    make_vec = envs.make_vec
+    vecs = []
+
+    def interrupted(*args: object):
+        vec = make_vec(*args)
+        vecs.append(vec)
+        original = vec.unwrapped.step
+        calls = []
+
+        def counted(actions: np.ndarray):
+            calls.append(1)
+            if len(calls) == step and vec is vecs[0]:
+                signal.raise_signal(signal.SIGINT)
+            return original(actions)
+
+        vec.unwrapped.step = counted
+        return vec
+
+    monkeypatch.setattr(envs, "make_vec", interrupted)
 
 
 # Resuming
@@ -72,9 +113,10 @@ def resume(script: ModuleType, run_dir: Path, **changes: object) -> dict:
 
 @pytest.mark.parametrize("env_id", [*envs.ENV_IDS, "Ant-v4-4x2", "InvertedDoublePendulum-v5-1x1"])
 def test_environments_go_on_from_their_state(env_id: str):
-    """Other environments, put into the saved state, do what the saved ones do: all results, resets, statistics."""
+    """Other environments, put into the saved state, do what the saved ones do, to the last bit."""
     rng = np.random.default_rng(0)
-    vec, other = envs.make_vec(env_id, 3), envs.make_vec(env_id, 3)
+    vec = envs.make_vec(env_id, 3)
+    other = envs.make_vec(env_id, 3)
     vec.reset(seed=1)
     other.reset(seed=2)
     limit = getattr(vec, "max_episode_steps", 1000)
@@ -92,8 +134,9 @@ def test_environments_go_on_from_their_state(env_id: str):
     ended = 0
     for _ in range(40):
         a = actions()
-        (*results, infos), (*others, _) = vec.step(a), other.step(a)
-        for x, y in zip(results, others, strict=True):
+        *results, infos = vec.step(a)
+        *others, _ = other.step(a)
+        for x, y in zip(results, others):
             np.testing.assert_array_equal(x, y)
         ended += infos["_final_obs"].sum() if "_final_obs" in infos else 0
     assert ended >= 2 or "elapsed_steps" not in state
@@ -101,112 +144,182 @@ def test_environments_go_on_from_their_state(env_id: str):
         envs.make_vec(env_id, 2).set_state(state)
 
 
-@pytest.mark.parametrize(("env_id", "eval_episodes"), [("Ant-4x2", 0), ("Hopper-3x1", 2)])  # an Ant plays long
-def test_resumed_run_is_the_uninterrupted_one(script: ModuleType, env_id: str, eval_episodes: int, tmp_path: Path):
-    """The whole state after 3 + 3 iterations is that after 6, bit for bit, and so is every point of the log."""
-    total = {"total_timesteps": 6 * ITERATION, "eval_episodes": eval_episodes, "eval_interval": 300}
-    train(script, tmp_path / "whole", env_id=env_id, **total)
-    train(script, tmp_path / "parts", env_id=env_id, **total | {"total_timesteps": 3 * ITERATION})
+@pytest.mark.parametrize(
+    ("env_id", "flags"),
+    [
+        ("Ant-4x2", {"eval_episodes": 0}),  # an Ant plays long
+        ("Hopper-3x1", {"eval_episodes": 2, "share_param": True}),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_one(
+    script: ModuleType, env_id: str, flags: dict, tmp_path: Path
+):
+    """State and log after 3 + 3 iterations are those after 6, bit for bit."""
+    flags = {"env_id": env_id, "eval_interval": 300, **flags}
+    train(script, tmp_path / "whole", total_timesteps=6 * ITERATION, **flags)
+    train(script, tmp_path / "parts", total_timesteps=3 * ITERATION, **flags)
+    torch.rand(7)  # what is drawn between the parts makes no difference
     resume(script, tmp_path / "parts", total_timesteps=6 * ITERATION)
     assert differences(newest(tmp_path / "whole"), newest(tmp_path / "parts")) == []
-    whole, parts = scalars(tmp_path / "whole"), scalars(tmp_path / "parts")
-    assert len(whole["losses/value_loss"]) == 6
-    assert not eval_episodes or len(whole["eval/episodic_return"]) == 3
-    # The first part ended, so it was evaluated there too.
-    for tag in [tag for tag in parts if tag.startswith("eval/")]:
-        parts[tag] = [point for point in parts[tag] if point[0] != 3 * ITERATION or point in whole[tag]]
+    whole = scalars(tmp_path / "whole")
+    parts = scalars(tmp_path / "parts")
+    assert [step for step, _ in whole["losses/value_loss"]] == list(range(128, 769, 128))
+    if flags["eval_episodes"]:
+        assert [step for step, _ in whole["eval/episodic_return"]] == [384, 640, 768]
     assert parts == whole
 
 
 def test_killed_run_resumes_without_a_trace(tmp_path: Path):
-    """A run killed between two checkpoints: the log of the resumed one has each point once (tests/kill.py does 100)."""
-    import mappo_mamujoco as script
-
-    flags = [*SMALL, "--total-timesteps", str(40 * ITERATION), "--checkpoint-interval", str(7 * ITERATION)]
+    """A run killed between two checkpoints: the log of the resumed one has each point once."""
+    flags = [*SMALL, "--env-id", "Reacher-2x1", "--eval-episodes", "1"]
+    flags += ["--total-timesteps", str(40 * ITERATION)]
+    flags += ["--checkpoint-interval", str(7 * ITERATION)]
+    script = ROOT / "mappo_mamujoco.py"
+    killed = tmp_path / "killed"
     command_line(script, *flags, "--run-dir", tmp_path / "whole")
-    command = [sys.executable, script.__file__, *flags, "--run-dir", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint.pt").exists():
-        time.sleep(0.01)
+    command = [sys.executable, str(script), *flags, "--run-dir", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(killed / "checkpoint.pt", process)
     process.kill()
     process.wait()
-    assert newest(tmp_path / "killed")["step"] < 40 * ITERATION
+    assert newest(killed)["step"] < 40 * ITERATION
     next_second()
-    command_line(script, "--resume", tmp_path / "killed")
-    assert differences(newest(tmp_path / "whole"), newest(tmp_path / "killed")) == []
-    assert scalars(tmp_path / "whole") == scalars(tmp_path / "killed")
+    command_line(script, "--resume", killed)
+    assert differences(newest(tmp_path / "whole"), newest(killed)) == []
+    assert scalars(tmp_path / "whole") == scalars(killed)
 
 
-def test_the_log_is_written_before_the_checkpoint(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_log_is_written_before_the_checkpoint(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A kill right after a checkpoint finds all the points up to it in the log."""
-    order, flush, save = [], script.SummaryWriter.flush, script.save
-    monkeypatch.setattr(script.SummaryWriter, "flush", lambda self: order.append("log") or flush(self))
-    monkeypatch.setattr(script, "save", lambda state, path: order.append(path.name[:5]) or save(state, path))
+    logged = []
+    save = script.save
+
+    def recorded(state: dict, path: Path) -> None:
+        logged.append((path.name, scalars(tmp_path / "run")["losses/value_loss"][-1][0]))
+        save(state, path)
+
+    monkeypatch.setattr(script, "save", recorded)
     train(script, tmp_path / "run", checkpoint_interval=1)
-    assert [x for x in order if x != "model"][:4] == ["log", "check", "log", "check"]
+    files = "checkpoint.pt", "model.pt"
+    assert logged == [(file, step) for step in (128, 256) for file in files]
+
+
+# What the runs below have in common: their parts and the whole are the same run.
+FINISHED = {"checkpoint_interval": 2 * ITERATION, "eval_episodes": 3, "eval_interval": 1}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of HAPPO on Reacher-2x1: 4 iterations, evaluated."""
-    import happo_mamujoco as script
-
+    """A finished run of HAPPO on Reacher-2x1: 4 iterations, each evaluated."""
+    script = importlib.import_module("happo_mamujoco")
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    train(script, run_dir, total_timesteps=4 * ITERATION, checkpoint_interval=2 * ITERATION, eval_episodes=3)
+    train(script, run_dir, total_timesteps=4 * ITERATION, **FINISHED)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, of 6 iterations without a pause."""
+    script = importlib.import_module("happo_mamujoco")
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(script, run_dir, total_timesteps=6 * ITERATION, **FINISHED)
     return run_dir
 
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it to play with."""
-    return shutil.copytree(finished, tmp_path / "run")
+    """A copy of the finished run to play with; its path has to be quoted for a shell."""
+    return shutil.copytree(finished, tmp_path / "my first run's copy")
 
 
-def test_a_torn_checkpoint_is_refused(copied: Path, capsys: pytest.CaptureFixture):
-    """Half a file, an empty one, one with a hole: one line, and nothing is touched."""
+def check_that_it_leads_on(run_dir: Path, whole: Path) -> None:
+    """Resume the run until it has 6 iterations: state and log are those of the whole one."""
+    next_second()
+    command_line(HAPPO, "--resume", run_dir, "--total-timesteps", 6 * ITERATION)
+    assert differences(newest(whole), newest(run_dir)) == []
+    assert scalars(whole) == scalars(run_dir)
+    assert not list(run_dir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "hole"])
+def test_a_torn_checkpoint_is_refused(damage: str, copied: Path, capsys: pytest.CaptureFixture):
+    """One line, and nothing is touched."""
     file = copied / "checkpoint.pt"
-    whole = file.read_bytes()
-    for torn in (whole[: len(whole) // 2], b"", whole[:1000] + bytes(1000) + whole[2000:]):
-        file.write_bytes(torn)
-        error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 6 * ITERATION)
-        assert f"--resume {copied}: no checkpoint can be read there" in error
-        assert file.read_bytes() == torn
+    intact = file.read_bytes()
+    torn = {
+        "half": intact[: len(intact) // 2],
+        "empty": b"",
+        "hole": intact[:1000] + bytes(1000) + intact[2000:],
+    }[damage]
+    file.write_bytes(torn)
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 6 * ITERATION)
+    assert f"error: --resume {copied}: no checkpoint can be read there" in error
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
-def test_foreign_checkpoints_are_refused(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """A hostile pickle runs nothing; another script's checkpoint is refused by that script's name."""
-    bait, file = tmp_path / "bait", copied / "checkpoint.pt"
+def test_a_hostile_checkpoint_runs_nothing(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """A pickle that would make a directory does not."""
+    bait = tmp_path / "bait"
 
     class Hostile:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(bait),)
 
-    original = newest(copied)
+    file = copied / "checkpoint.pt"
     torch.save({"script": "happo_mamujoco", "args": Hostile()}, file)
     assert "no checkpoint can be read there" in error_of(capsys, 2, HAPPO, "--resume", copied)
     assert not bait.exists()
     torch.load(file, weights_only=False)  # the bait works
     assert bait.exists()
-    torch.save(original | {"script": "mappo_mamujoco"}, file)
-    assert "mappo_mamujoco.py made it" in error_of(capsys, 2, HAPPO, "--resume", copied)
-    for nothing in (tmp_path, tmp_path / "nowhere"):
-        assert f"--resume {nothing}: no checkpoint can be read there" in error_of(capsys, 2, HAPPO, "--resume", nothing)
+
+
+@pytest.mark.parametrize("content", [{}, [], 7, {"script": "happo_mamujoco"}, torch.zeros(3)])
+def test_what_is_no_checkpoint_is_refused(
+    content: object, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """A file of PyTorch with something else in it."""
+    torch.save(content, tmp_path / "checkpoint.pt")
+    error = error_of(capsys, 2, HAPPO, "--resume", tmp_path)
+    assert f"error: --resume {tmp_path}: no checkpoint can be read there" in error
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_checkpoint_of_another_script_is_refused(
+    name: str, copied: Path, capsys: pytest.CaptureFixture
+):
+    """By the name of the script that made it."""
+    maker = "mappo_mamujoco" if name == "happo_mamujoco" else "happo_mamujoco"
+    checkpoint = newest(copied) | {"script": maker}
+    torch.save(checkpoint, copied / "checkpoint.pt")
+    error = error_of(capsys, 2, ROOT / f"{name}.py", "--resume", copied)
+    assert error == f"error: --resume {copied}: {maker}.py made it, use that\n"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--env-id", "Ant-4x2"], "robot, agents, networks and num_envs must stay"),
-        (["--env-id", "Reacher-[[1],[0]]"], "robot, agents, networks and num_envs must stay"),
-        (["--hidden-sizes", 8], "robot, agents, networks and num_envs must stay"),
-        (["--num-envs", 5], "robot, agents, networks and num_envs must stay"),
-        (["--num-envs", 1], "robot, agents, networks and num_envs must stay"),
-        (["--total-timesteps", 512], "--total-timesteps 512: the run has 512 already, raise it to go on"),
-        (["--gamma", 2], "--gamma is 2.0: it must be from 0 to 1"),
-        (["--run-dir", "tests"], "--run-dir tests is taken or cannot be made"),
+        (["--env-id", "Ant-4x2"], "env_id must stay Reacher-2x1"),
+        (["--env-id", "Reacher-[[1],[0]]"], "env_id must stay Reacher-2x1"),
+        (["--agent-obsk", 0], "agent_obsk must stay None"),
+        (["--hidden-sizes", 8], "hidden_sizes must stay (16, 16)"),
+        (["--num-envs", 5], "num_envs must stay 4"),
+        (["--num-envs", 1], "num_envs must stay 4"),
+        (["--share-param"], "share_param must stay False"),
+        (["--total-timesteps", 512], "error: --total-timesteps 512 must be at least 640"),
+        (["--total-timesteps", 256], "error: --total-timesteps 256 must be at least 640"),
+        (["--gamma", 2], "gamma Input should be less than or equal to 1"),
+        (["--learning-rate", "nan"], "learning_rate Input should be a finite number"),
+        (["--run-dir", "tests"], "error: --run-dir tests is taken or cannot be made"),
     ],
 )
-def test_what_cannot_go_on_is_refused(copied: Path, flags: list, message: str, capsys, monkeypatch):
+def test_what_cannot_go_on_is_refused(
+    flags: list, message: str, copied: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     """And nothing in the run's directory changes."""
     monkeypatch.chdir(ROOT)
     before = {file: file.read_bytes() for file in copied.iterdir()}
@@ -215,62 +328,143 @@ def test_what_cannot_go_on_is_refused(copied: Path, flags: list, message: str, c
     assert {file: file.read_bytes() for file in copied.iterdir()} == before
 
 
+def test_equal_sizes_are_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Networks of equal sizes whose inputs mean something else: what must stay is compared by name."""
+    script = importlib.import_module("happo_mamujoco")
+    longest = []
+    for agent_obsk in (1, 2):
+        partition = envs.make_vec("Hopper-3x1", 1, agent_obsk).partition
+        longest.append(max(map(len, partition.obs_ids)))
+    assert longest[0] == longest[1]  # with --share-param, the network has as many inputs
+    train(script, tmp_path / "run", env_id="Hopper-3x1", agent_obsk=1, share_param=True)
+    flags = "--resume", tmp_path / "run", "--total-timesteps", 512
+    error = error_of(capsys, 2, HAPPO, *flags, "--agent-obsk", 2)
+    assert error == f"error: --resume {tmp_path / 'run'}: agent_obsk must stay 1\n"
+    command_line(HAPPO, *flags, "--agent-obsk", 1)
+    assert newest(tmp_path / "run")["step"] == 512
+
+
 def test_flags_beside_resume_replace_the_runs(copied: Path, tmp_path: Path):
-    """The rate of the last two iterations is the new one; the rest, and what an older checkpoint lacks, is kept."""
-    file, checkpoint = copied / "checkpoint.pt", newest(copied)
-    assert checkpoint["args"].pop("share_param") is False and checkpoint["args"]["hidden_sizes"] == (16, 16)
-    torch.save(checkpoint, file)
+    """The rate of the last two iterations is the new one; what an older checkpoint lacks is the default."""
+    checkpoint = newest(copied)
+    assert checkpoint["args"].pop("ent_coef") == 0.0
+    assert checkpoint["args"]["hidden_sizes"] == (16, 16)
+    torch.save(checkpoint, copied / "checkpoint.pt")
     other = tmp_path / "other"
-    before = {file: file.read_bytes() for file in copied.glob("*.pt")}
-    command_line(HAPPO, "--resume", copied, "--total-timesteps", 768, "--learning-rate", 1e-5, "--run-dir", other)
-    assert {file: file.read_bytes() for file in copied.glob("*.pt")} == before  # --run-dir: the old run stays
-    assert newest(other)["args"]["hidden_sizes"] == (16, 16) and newest(other)["args"]["share_param"] is False
-    rates = scalars(other)["charts/learning_rate"]
-    assert [step for step, _ in rates] == [640, 768] and all(rate == pytest.approx(1e-5) for _, rate in rates)
+    before = saved_files(copied)
+    flags = "--total-timesteps", 768, "--learning-rate", 1e-5, "--run-dir", other
+    command_line(HAPPO, "--resume", copied, *flags)
+    assert saved_files(copied) == before  # with --run-dir the old run stays as it is
+    args = newest(other)["args"]
+    assert args["hidden_sizes"] == (16, 16)
+    assert args["ent_coef"] == 0.0
+    assert args["learning_rate"] == 1e-5
+    assert args["critic_learning_rate"] == checkpoint["args"]["critic_learning_rate"]
+    steps, rates = zip(*scalars(other)["charts/learning_rate"])
+    assert steps == (640, 768)
+    assert rates == pytest.approx([1e-5, 1e-5])
 
 
 def test_annealing_follows_the_total_in_force(tmp_path: Path):
-    """The rate falls linearly to 0 at --total-timesteps; a run that is extended takes the line to its new end."""
-    import happo_mamujoco as script
-
+    """The rate falls to 0 at --total-timesteps; an extended run takes the line to its new end."""
+    script = importlib.import_module("happo_mamujoco")
     train(script, tmp_path / "run", total_timesteps=2 * ITERATION, anneal_lr=True)
     resume(script, tmp_path / "run", total_timesteps=4 * ITERATION)
-    rates = [rate / script.Args().learning_rate for _, rate in scalars(tmp_path / "run")["charts/learning_rate"]]
+    _, rates = zip(*scalars(tmp_path / "run")["charts/learning_rate"])
+    rates = np.array(rates) / script.Args().learning_rate
     np.testing.assert_allclose(rates, [1, 1 / 2, 1 / 2, 1 / 4], rtol=1e-6)
 
 
-def test_a_directory_has_one_run_at_a_time(copied: Path, capsys: pytest.CaptureFixture):
-    """A second process is refused in one line while the first holds the lock, which ends with it."""
-    program = (
-        "import sys, filelock, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(99)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", program, copied / "lock"], stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 5 * ITERATION)
-    assert f"--run-dir {copied} is taken" in error
-    holder.kill()
-    holder.wait()
-    command_line(HAPPO, "--resume", copied, "--total-timesteps", 5 * ITERATION)
-    assert newest(copied)["step"] == 5 * ITERATION
+# Stopping
 
 
-def test_ctrl_c_names_the_directory(tmp_path: Path):
-    """One line says how to go on, and that works."""
-    import happo_mamujoco as script
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_before_the_first_checkpoint(
+    name: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """Exit code 130, and one line says that nothing was saved."""
+    interrupt_at(40, monkeypatch)  # in the second iteration
+    error = stopped_with(capsys, ROOT / f"{name}.py", *TINY, "--run-dir", tmp_path / "run")
+    assert error == "stopped; nothing was saved\n"
+    assert not list(tmp_path.rglob("*.pt"))
 
+
+def stopped_with(capsys: pytest.CaptureFixture, script: Path, *flags: object) -> str:
+    """Run a command line that Ctrl-C stops; return what it says of that."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command_line(script, *flags)
+    assert stop.value.code == 130
+    return capsys.readouterr().err
+
+
+def test_ctrl_c_after_a_checkpoint_names_what_works(
+    whole: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """The flags that it prints, read as a shell reads them, continue the run."""
+    run_dir = tmp_path / "my run's directory"
+    flags = [*TINY, "--total-timesteps", 6 * ITERATION, "--checkpoint-interval", 2 * ITERATION]
+    flags += ["--eval-episodes", 3, "--eval-interval", 1, "--run-dir", run_dir]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(32 * 2 + 5, patch)  # in the third iteration
+        error = stopped_with(capsys, HAPPO, *flags)
+    assert error.startswith("stopped; continue with --resume ")
+    assert error.count("\n") == 1
+    assert newest(run_dir)["step"] == 2 * ITERATION
+    next_second()
+    command_line(HAPPO, *shlex.split(error.partition(" with ")[2]))
+    assert differences(newest(whole), newest(run_dir)) == []
+    assert scalars(whole) == scalars(run_dir)
+
+
+def test_ctrl_c_in_a_process(tmp_path: Path):
+    """The same with a signal from outside, at any moment: the log of the run goes on where it was."""
+    script = importlib.import_module("happo_mamujoco")
     run_dir = tmp_path / "run"
-    flags = [*SMALL, "--checkpoint-interval", "1", "--total-timesteps", "1000000", "--run-dir", str(run_dir)]
-    process = subprocess.Popen([sys.executable, script.__file__, *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    while not (run_dir / "checkpoint.pt").exists():
-        time.sleep(0.05)
-        assert process.poll() is None
+    flags = [*TINY, "--total-timesteps", "1000000", "--checkpoint-interval", "1"]
+    command = [sys.executable, str(HAPPO), *flags, "--run-dir", str(run_dir)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(run_dir / "checkpoint.pt", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error == f"error: stopped; to go on: --resume {run_dir}\n"
+    assert process.returncode == 130
+    assert error == f"stopped; continue with --resume {run_dir}\n"
     step = newest(run_dir)["step"]
     resume(script, run_dir, total_timesteps=step + ITERATION)
     points = [at for at, _ in scalars(run_dir)["losses/value_loss"]]
     assert points == list(range(ITERATION, step + 2 * ITERATION, ITERATION))
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_closed_streams_do_not_end_the_run(redirection: str, finished: Path, tmp_path: Path):
+    """Without an output, an error output or an input the run is the same: state, model and log."""
+    flags = [*TINY, "--total-timesteps", 4 * ITERATION, "--run-dir", tmp_path / "run"]
+    flags += ["--checkpoint-interval", 2 * ITERATION, "--eval-episodes", 3, "--eval-interval", 1]
+    command = shlex.join([sys.executable, str(HAPPO), *map(str, flags)])
+    done = subprocess.run(["bash", "-c", f"{command} {redirection}"], timeout=120, check=False)
+    assert done.returncode == 0
+    assert differences(newest(finished), newest(tmp_path / "run")) == []
+    assert scalars(finished) == scalars(tmp_path / "run")
+
+
+def test_printed_hints_work_in_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A directory whose name has spaces and more: the printed commands are quoted."""
+    script = importlib.import_module("happo_mamujoco")
+    run_dir = tmp_path / "my run's $(touch bait) directory"
+    train(script, run_dir)
+    final = capsys.readouterr().out.splitlines()[-1]
+    assert final.startswith("finished; now: tensorboard --logdir ")
+    board, evaluation = final.removeprefix("finished; now: ").split(", or ")
+    assert shlex.split(board) == ["tensorboard", "--logdir", str(run_dir)]
+    assert evaluation.startswith("python evaluate.py ")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    done = subprocess.run(
+        evaluation, shell=True, cwd=ROOT, env=os.environ | {"PATH": path}, **options
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Reacher-2x1, 40 episodes, seed 0: return mean -")
+    assert not (ROOT / "bait").exists()
 
 
 # Evaluation, sharing
@@ -282,154 +476,279 @@ def test_evaluation_does_not_disturb_the_training(script: ModuleType, tmp_path: 
     train(script, tmp_path / "without", env_id="Hopper-3x1", eval_episodes=0)
     assert differences(newest(tmp_path / "with"), newest(tmp_path / "without")) == []
     assert len(scalars(tmp_path / "with")["eval/episodic_return"]) == 2
-    assert "eval/episodic_return" not in scalars(tmp_path / "without")
+    assert not [tag for tag in scalars(tmp_path / "without") if tag.startswith("eval/")]
 
 
 def test_evaluation_counts_the_first_episode_of_each_environment(script: ModuleType):
-    """Environments whose episodes take 2, 3 and 7 steps: the short ones' later episodes do not count."""
-    lengths, t = np.array([2, 3, 7]), [0]
+    """Episodes of 2, 3 and 7 steps: the short environments' later episodes do not count."""
+    lengths = np.array([2, 3, 7])
+    t = [0]
+    seeds = []
+
+    def reset(seed: int) -> tuple:
+        seeds.append(seed)
+        return np.zeros((3, 1)), {}
 
     def step(actions: np.ndarray) -> tuple:
         t[0] += 1
         rewards = t[0] * np.ones(3)
-        return np.zeros((3, 1)), rewards, t[0] % lengths == 0, np.zeros(3, dtype=bool), {}
+        ends = t[0] % lengths == 0
+        # The second environment ends by truncation, the others by termination.
+        second = np.array([False, True, False])
+        return np.zeros((3, 1)), rewards, ends & ~second, ends & second, {}
 
-    vec = SimpleNamespace(num_envs=3, reset=lambda seed: (np.zeros((3, 1)), {}), step=step)
+    def act(obs: np.ndarray, noise: bool) -> np.ndarray:
+        assert not noise
+        return obs
+
+    vec = SimpleNamespace(num_envs=3, reset=reset, step=step)
     env = SimpleNamespace(normalize=lambda obs: obs, scale=lambda actions: actions)
-    log = script.evaluate(vec, env, SimpleNamespace(act=lambda obs: obs), 0)
+    log = script.evaluate(vec, env, SimpleNamespace(act=act), 12345)
     returns = lengths * (lengths + 1) / 2
-    assert t[0] == 7 and log["eval/episodic_length"] == 4
-    assert log["eval/episodic_return"] == returns.mean() and log["eval/episodic_return_std"] == returns.std()
-    assert (log["eval/episodic_return_min"], log["eval/episodic_return_max"]) == (3, 28)
+    assert seeds == [12345]
+    assert t[0] == 7
+    assert log == {
+        "eval/episodic_return": returns.mean(),
+        "eval/episodic_return_std": returns.std(),
+        "eval/episodic_length": 4.0,
+    }
 
 
 @pytest.mark.parametrize("flags", [{}, {"agent_obsk": 0}], ids=["full", "partial"])
-def test_shared_policy_scores_in_gymnasium_what_was_logged(script: ModuleType, flags: dict, tmp_path: Path):
-    """docs/usage.md's lines load a model and play Gymnasium's own Hopper-v5: return and length are those of the log."""
+def test_shared_policy_scores_in_gymnasium_what_was_logged(
+    script: ModuleType, flags: dict, tmp_path: Path
+):
+    """docs/usage.md's lines load a model and play Gymnasium's own Hopper-v5 as the log says."""
     args = {"env_id": "Hopper-3x1", "total_timesteps": 4 * ITERATION, "eval_episodes": 4}
     train(script, tmp_path / "run", **args, **flags)
     names: dict = {}
     lines = (ROOT / "docs/usage.md").read_text().split("```python\n")[1].split("```")[0]
     exec(lines.replace("MODEL", str(tmp_path / "run" / "model.pt")), names)
-    env, episodes = gym.make("Hopper-v5"), []
+    env = gym.make("Hopper-v5")
+    # The third number of the seed's sequence is the evaluation's; environment i adds i.
+    eval_seed = int(np.random.SeedSequence(1).generate_state(3)[2])
+    returns = []
+    lengths = []
     for i in range(4):
-        obs, _ = env.reset(seed=1 + 1_000_000 + i)
-        rewards, over = [], False
+        obs, _ = env.reset(seed=eval_seed + i)
+        rewards = []
+        over = False
         while not over:
             obs, reward, terminated, truncated, _ = env.step(names["policy"](obs))
             rewards.append(reward)
             over = terminated or truncated
-        episodes.append((sum(rewards), len(rewards)))
-    returns, lengths = np.transpose(episodes)
-    expected = {"": returns.mean(), "_std": returns.std(), "_min": returns.min(), "_max": returns.max()}
+        returns.append(sum(rewards))
+        lengths.append(len(rewards))
+    expected = {
+        "eval/episodic_return": np.mean(returns),
+        "eval/episodic_return_std": np.std(returns),
+        "eval/episodic_length": np.mean(lengths),
+    }
     log = scalars(tmp_path / "run")
-    for suffix, value in expected.items():
-        np.testing.assert_allclose(log[f"eval/episodic_return{suffix}"][-1][1], value, rtol=1e-4)
-    assert log["eval/episodic_length"][-1][1] == lengths.mean()
+    for tag, value in expected.items():
+        np.testing.assert_allclose(log[tag][-1][1], value, rtol=1e-4)
 
 
-# Records
+# Weights & Biases
+
+
+class FakeWandb(ModuleType):
+    """What `import wandb` finds: its init keeps the arguments that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **arguments: object) -> SimpleNamespace:
+        self.calls.append(arguments)
+        return SimpleNamespace(id=arguments["id"] or "chosen-by-wandb")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_tracked_run_keeps_its_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A resumed run continues the Weights & Biases run that it was, or none with --no-track."""
+    script = ROOT / f"{name}.py"
+    run_dir = tmp_path / "run"
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    command_line(script, *TINY, "--track", "--run-dir", run_dir)
+    command_line(script, "--resume", run_dir, "--total-timesteps", 384)
+    assert [call["id"] for call in wandb.calls] == [None, "chosen-by-wandb"]
+    for call in wandb.calls:
+        assert call["resume"] == "allow"
+        assert call["sync_tensorboard"] is True
+        assert call["name"] == "run"
+        assert call["config"]["env_id"] == "Reacher-2x1"
+    monkeypatch.setitem(sys.modules, "wandb", None)  # `import wandb` raises ImportError
+    command_line(script, "--resume", run_dir, "--total-timesteps", 512, "--no-track")
+    assert newest(run_dir)["step"] == 512
+    assert newest(run_dir)["args"]["wandb_run_id"] == "chosen-by-wandb"
+    assert newest(run_dir)["args"]["track"] is False
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_track_without_wandb_is_refused(
+    name: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """One line, exit code 2; a new run leaves no directory, a resumed one stays as it was."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    script = ROOT / f"{name}.py"
+    old = tmp_path / "old"
+    command_line(script, *TINY, "--run-dir", old)
+    before = {file: file.read_bytes() for file in old.iterdir()}
+    new = [*TINY, "--run-dir", tmp_path / "new"]
+    resumed = ["--resume", old, "--total-timesteps", 512]
+    for flags in (new, resumed):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command_line(script, *flags, "--track")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: --track needs `pip install wandb` and `wandb login`: ")
+        assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [old]
+    assert {file: file.read_bytes() for file in old.iterdir()} == before
+
+
+def wandb_environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    """The environment of somebody who has never used Weights & Biases."""
+    environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    home = tmp_path / "home"
+    home.mkdir(exist_ok=True)
+    return environment | {"HOME": str(home), "WANDB_DIR": str(tmp_path), **variables}
+
+
+def test_track_without_a_login_is_refused(tmp_path: Path):
+    """One line, exit code 2 and no directory where nobody has logged in, and nobody can be asked."""
+    pytest.importorskip("wandb")
+    options = {"env": wandb_environment(tmp_path), "stdin": subprocess.DEVNULL}
+    done = run(HAPPO, *TINY, "--track", "--run-dir", tmp_path / "run", **options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --track needs `pip install wandb` and `wandb login`: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_wandb_gets_the_same_offline(tmp_path: Path):
-    """`--track` without a network: Weights & Biases' own file has the configuration and the metrics."""
-    import happo_mamujoco as script
-
+    """Without a network Weights & Biases' own files have the configuration, the metrics, one id."""
     pytest.importorskip("wandb")
-    flags = [*SMALL, "--env-id", "Reacher-2x1", "--total-timesteps", 256, "--eval-episodes", 1, "--track"]
-    command = [sys.executable, script.__file__, *map(str, flags), "--run-dir", str(tmp_path / "run")]
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    run_dir = tmp_path / "run"
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    options = {"env": wandb_environment(tmp_path, **quiet)}
+    flags = [*TINY, "--eval-episodes", 1, "--run-dir", run_dir, "--track"]
+    done = run(HAPPO, *flags, **options)
     assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
+    (first,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = first.read_bytes()
     for words in (b"episodic_return", b"value_loss", b"Reacher-2x1", b"clip_coef"):
         assert words in content
+    run_id = newest(run_dir)["args"]["wandb_run_id"]
+    assert first.name == f"run-{run_id}.wandb"
+    done = run(HAPPO, "--resume", run_dir, "--total-timesteps", 384, **options)
+    assert done.returncode == 0, done.stderr
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [first.name, first.name]
 
 
 # Failing
 
 
-def test_full_disk_loses_nothing(copied: Path):
-    """No file may grow beyond 20 kB: the next checkpoint cannot be written, the last ones stay and lead on."""
-    import happo_mamujoco as script
+def test_a_failed_write_loses_nothing(copied: Path, whole: Path):
+    """No file may grow beyond 20 kB: the next checkpoint fails, the last one stays and leads on."""
+    before = saved_files(copied)
+    assert len(before[copied / "checkpoint.pt"]) > 20_000
 
-    before = {file: file.read_bytes() for file in copied.glob("*.pt")}
-    command = [sys.executable, script.__file__, "--resume", copied, "--total-timesteps", str(6 * ITERATION)]
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, **limit)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and "File too large" in done.stderr and done.stderr.count("\n") == 1
-    assert {file: file.read_bytes() for file in copied.glob("*.pt")} == before
-    resume(script, copied, total_timesteps=6 * ITERATION)
-    points = scalars(copied)["losses/value_loss"]
-    assert [step for step, _ in points] == [ITERATION * i for i in range(1, 7)]
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = run(HAPPO, "--resume", copied, "--total-timesteps", 6 * ITERATION, preexec_fn=limit)
+    assert done.returncode not in (0, 2)
+    assert saved_files(copied) == before
+    check_that_it_leads_on(copied, whole)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_what_stops_a_large_checkpoint_is_told(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """PyTorch makes a RuntimeError of what a file raises in the middle; the old file stays."""
-    import happo_mamujoco as script
+def torn_save(file: str, error: BaseException) -> Callable:
+    """A torch.save that fails on that file with half of it written."""
+    save = torch.save
 
-    class Disk(io.BytesIO):
-        def write(self, data: bytes) -> int:
-            if self.tell() > 2**16:
-                raise error
-            return super().write(data)
+    def failing(state: dict, path: Path) -> None:
+        save(state, path)
+        if path.stem == file:
+            path.write_bytes(path.read_bytes()[:5000])
+            raise error
 
-    script.save({"step": 1}, tmp_path / "checkpoint.pt")
-    monkeypatch.setattr("builtins.open", lambda *_: Disk())
-    with pytest.raises(type(error)) as raised:
-        script.save({"step": 2, "buffer": torch.zeros(2**16)}, tmp_path / "checkpoint.pt")
-    monkeypatch.undo()
-    assert raised.value is error and newest(tmp_path) == {"step": 1}
+    return failing
 
 
-def test_a_checkpoint_is_replaced_never_written_to(script: ModuleType, tmp_path: Path):
-    """Who has the old file open reads the old state to its end: there is no moment with half of the new one."""
+@pytest.mark.parametrize("file", ["checkpoint", "model"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system"),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_fails_while_it_is_written_was_not_touched(
+    file: str, error: Exception, copied: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An error of torch.save in the middle: the old file stays, and the run can be resumed."""
+    before = saved_files(copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn_save(file, error))
+        with pytest.raises(type(error)):
+            command_line(HAPPO, "--resume", copied, "--total-timesteps", 6 * ITERATION)
+    after = saved_files(copied)
+    assert after[copied / f"{file}.pt"] == before[copied / f"{file}.pt"]
+    assert newest(copied)["step"] == (6 if file == "model" else 4) * ITERATION
+    if file == "checkpoint":
+        assert after == before
+        check_that_it_leads_on(copied, whole)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(
+    copied: Path, whole: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """The old one stays, and it is what the message names."""
+    before = saved_files(copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn_save("checkpoint", KeyboardInterrupt()))
+        flags = "--resume", copied, "--total-timesteps", 6 * ITERATION
+        error = stopped_with(capsys, HAPPO, *flags)
+    assert shlex.split(error) == ["stopped;", "continue", "with", "--resume", str(copied)]
+    assert saved_files(copied) == before
+    check_that_it_leads_on(copied, whole)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_checkpoint_is_replaced_never_written_to(name: str, tmp_path: Path):
+    """Who has the old file open reads the old state to its end: no moment has half of the new one."""
+    script = importlib.import_module(name)
     script.save({"step": 1}, tmp_path / "checkpoint.pt")
     (tmp_path / "open.pt").hardlink_to(tmp_path / "checkpoint.pt")
     script.save({"step": 2}, tmp_path / "checkpoint.pt")
-    assert torch.load(tmp_path / "open.pt") == {"step": 1} and newest(tmp_path) == {"step": 2}
+    assert torch.load(tmp_path / "open.pt") == {"step": 1}
+    assert newest(tmp_path) == {"step": 2}
     assert {path.name for path in tmp_path.iterdir()} == {"open.pt", "checkpoint.pt"}
 
 
-def test_deleted_run_directory_is_one_line(tmp_path: Path):
-    """Somebody deletes the directory of a running run."""
-    import hatrpo_mamujoco as script
-
+def test_a_deleted_run_directory_is_a_failure(tmp_path: Path):
+    """Somebody moves the directory of a running run: it does not exit with 0, and what it saved is whole."""
+    script = importlib.import_module("hatrpo_mamujoco")
     run_dir = tmp_path / "run"
-    command = [
-        sys.executable,
-        script.__file__,
-        *SMALL,
-        "--total-timesteps",
-        "1000000",
-        "--checkpoint-interval",
-        "1",
-        "--run-dir",
-        str(run_dir),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (run_dir / "model.pt").exists():
-        time.sleep(0.05)
-    run_dir.rename(tmp_path / "gone")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert error.startswith("error: [Errno 2] No such file or directory") and error.count("\n") == 1
-
-
-def test_read_only_disk_is_one_line(copied: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    """The file system turns read-only: what was saved stays."""
-
-    def read_only(*_: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(copied))
-
-    before = {file: file.read_bytes() for file in copied.glob("*.pt")}
-    monkeypatch.setattr(torch, "save", read_only)
-    error = error_of(capsys, 1, HAPPO, "--resume", copied, "--total-timesteps", 5 * ITERATION)
-    assert error == f"error: [Errno 30] Read-only file system: '{copied}'; {copied} has what was saved before\n"
-    assert {file: file.read_bytes() for file in copied.glob("*.pt")} == before
+    flags = [*TINY, "--total-timesteps", "1000000", "--checkpoint-interval", "1"]
+    command = [sys.executable, script.__file__, *flags, "--run-dir", str(run_dir)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **streams)
+    wait_for(run_dir / "model.pt", process)
+    gone = run_dir.rename(tmp_path / "gone")
+    assert process.wait(timeout=60) not in (0, 2, 130)
+    assert not run_dir.exists()
+    step = newest(gone)["step"]
+    resume(script, gone, total_timesteps=step + ITERATION)
+    assert newest(gone)["step"] == step + ITERATION
 
 
 def test_diverged_simulation_is_counted(script: ModuleType, tmp_path: Path, monkeypatch):
@@ -438,7 +757,8 @@ def test_diverged_simulation_is_counted(script: ModuleType, tmp_path: Path, monk
 
     def unstable(*args: object):
         vec = make_vec(*args)
-        step, calls = vec.unwrapped.step, []
+        step = vec.unwrapped.step
+        calls = []
 
         def poisoned(actions: np.ndarray):
             calls.append(1)
@@ -451,4 +771,5 @@ def test_diverged_simulation_is_counted(script: ModuleType, tmp_path: Path, monk
 
     monkeypatch.setattr(envs, "make_vec", unstable)
     train(script, tmp_path / "run", env_id="HalfCheetah-6x1")
-    assert scalars(tmp_path / "run")["charts/num_diverged"] == [(ITERATION, 1.0), (2 * ITERATION, 1.0)]
+    diverged = scalars(tmp_path / "run")["charts/num_diverged"]
+    assert diverged == [(ITERATION, 1.0), (2 * ITERATION, 1.0)]

@@ -37,13 +37,22 @@ RUNS = {
 ROBOTS = list(RUNS)
 NUM_SEGMENTS = {"ManySegmentSwimmer": 6, "ManySegmentAnt": 3}
 GYM_ID = {robot: f"{robot}-v5" for robot in ROBOTS}
-GYM_ID |= {"ManySegmentSwimmer": "Swimmer-v5", "ManySegmentAnt": "Ant-v5", "CoupledHalfCheetah": "HalfCheetah-v5"}
+GYM_ID |= {
+    "ManySegmentSwimmer": "Swimmer-v5",
+    "ManySegmentAnt": "Ant-v5",
+    "CoupledHalfCheetah": "HalfCheetah-v5",
+}
 # np.linalg.norm sums another way over an axis than over a vector: only these rewards differ, in the last bits.
 REWARD_RTOL = {"Reacher": 1e-10, "Pusher": 1e-10}
 
 # Weights and ranges that are not Gymnasium's defaults: a task that ignores one of them gives other numbers.
 OTHER_WEIGHTS = {
-    "HalfCheetah": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "reset_noise_scale": 0.2, "frame_skip": 3},
+    "HalfCheetah": {
+        "forward_reward_weight": 1.7,
+        "ctrl_cost_weight": 0.3,
+        "reset_noise_scale": 0.2,
+        "frame_skip": 3,
+    },
     "Ant": {
         "forward_reward_weight": 1.7,
         "ctrl_cost_weight": 0.3,
@@ -54,7 +63,12 @@ OTHER_WEIGHTS = {
         "main_body": 3,
         "frame_skip": 3,
     },
-    "Hopper": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "healthy_reward": 0.6, "frame_skip": 3},
+    "Hopper": {
+        "forward_reward_weight": 1.7,
+        "ctrl_cost_weight": 0.3,
+        "healthy_reward": 0.6,
+        "frame_skip": 3,
+    },
     "Walker2d": {
         "forward_reward_weight": 1.7,
         "ctrl_cost_weight": 0.3,
@@ -70,10 +84,24 @@ OTHER_WEIGHTS = {
         "healthy_reward": 0.6,
         "frame_skip": 3,
     },
-    "HumanoidStandup": {"ctrl_cost_weight": 0.3, "impact_cost_weight": 1e-4, "impact_cost_range": (0.1, 0.4)},
-    "Swimmer": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "reset_noise_scale": 0.2, "frame_skip": 3},
+    "HumanoidStandup": {
+        "ctrl_cost_weight": 0.3,
+        "impact_cost_weight": 1e-4,
+        "impact_cost_range": (0.1, 0.4),
+    },
+    "Swimmer": {
+        "forward_reward_weight": 1.7,
+        "ctrl_cost_weight": 0.3,
+        "reset_noise_scale": 0.2,
+        "frame_skip": 3,
+    },
     "Reacher": {"reward_dist_weight": 1.7, "reward_control_weight": 0.3, "frame_skip": 3},
-    "Pusher": {"reward_near_weight": 0.9, "reward_dist_weight": 1.7, "reward_control_weight": 0.3, "frame_skip": 3},
+    "Pusher": {
+        "reward_near_weight": 0.9,
+        "reward_dist_weight": 1.7,
+        "reward_control_weight": 0.3,
+        "frame_skip": 3,
+    },
 }
 
 
@@ -93,7 +121,9 @@ class DenseTendons:
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         self.data = data
         self.ten_J = np.zeros((model.ntendon, model.nv))
-        for row, start, count in zip(self.ten_J, model.ten_J_rowadr, model.ten_J_rownnz, strict=True):
+        for row, start, count in zip(
+            self.ten_J, model.ten_J_rowadr, model.ten_J_rownnz, strict=True
+        ):
             row[model.ten_J_colind[start : start + count]] = data.ten_J[start : start + count]
 
     def __getattr__(self, name: str) -> np.ndarray:
@@ -104,7 +134,9 @@ class DenseCoupledHalfCheetah(CoupledHalfCheetahEnv):
     """Gymnasium-Robotics' environment; its observation reads a dense tendon Jacobian."""
 
     def _get_obs(self) -> np.ndarray:
-        return CoupledHalfCheetahEnv._get_obs(SimpleNamespace(data=DenseTendons(self.model, self.data)))
+        return CoupledHalfCheetahEnv._get_obs(
+            SimpleNamespace(data=DenseTendons(self.model, self.data))
+        )
 
 
 def make_oracle(robot: str, num_envs: int, folder: Path, **kwargs) -> VectorEnv:
@@ -118,27 +150,41 @@ def make_oracle(robot: str, num_envs: int, folder: Path, **kwargs) -> VectorEnv:
         module = many_segment_swimmer if robot == "ManySegmentSwimmer" else many_segment_ant
         module.gen_asset(NUM_SEGMENTS[robot], kwargs["xml_file"])
     same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    return RecordEpisodeStatistics(gym.make_vec(GYM_ID[robot], num_envs, "sync", vector_kwargs=same_step, **kwargs))
+    return RecordEpisodeStatistics(
+        gym.make_vec(GYM_ID[robot], num_envs, "sync", vector_kwargs=same_step, **kwargs)
+    )
 
 
 def make_ours(robot: str, num_envs: int, num_threads: int = 1) -> VectorEnv:
     """Our environment of a robot through the front door."""
-    return RecordEpisodeStatistics(envs.make_vec(f"{robot}-{RUNS[robot][0]}", num_envs, num_threads=num_threads))
+    return RecordEpisodeStatistics(
+        envs.make_vec(f"{robot}-{RUNS[robot][0]}", num_envs, num_threads=num_threads)
+    )
 
 
-def make_task(robot: str, num_envs: int, max_episode_steps: int, num_threads: int, **kwargs) -> VectorEnv:
+def make_task(
+    robot: str, num_envs: int, max_episode_steps: int, num_threads: int, **kwargs
+) -> VectorEnv:
     """Our task class itself, with another time limit and, for Gymnasium's robots, other weights."""
-    env = gym.make(GYM_ID[robot], **kwargs).unwrapped if kwargs else make_ours(robot, 1).unwrapped.env
-    return RecordEpisodeStatistics(envs.ROBOTS[robot][1](env, num_envs, max_episode_steps, num_threads))
+    env = (
+        gym.make(GYM_ID[robot], **kwargs).unwrapped if kwargs else make_ours(robot, 1).unwrapped.env
+    )
+    return RecordEpisodeStatistics(
+        envs.ROBOTS[robot][1](env, num_envs, max_episode_steps, num_threads)
+    )
 
 
-def random_actions(space: Box, steps: int, num_envs: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
+def random_actions(
+    space: Box, steps: int, num_envs: int, seed: int = 0, dtype: type = np.float32
+) -> np.ndarray:
     """Uniform actions up to 30% outside the range, [steps, num_envs, act_dim]."""
     actions = np.random.default_rng(seed).uniform(-1.3, 1.3, (steps, num_envs, *space.shape))
     return (actions * space.high).astype(dtype)
 
 
-def record(vec: VectorEnv, seed: int, actions: np.ndarray, reset_before: int | None = None) -> list[tuple]:
+def record(
+    vec: VectorEnv, seed: int, actions: np.ndarray, reset_before: int | None = None
+) -> list[tuple]:
     """Everything that `reset` and `step` return, not copied: a later step must not change what was returned."""
     run = [vec.reset(seed=seed)]
     for t, action in enumerate(actions):
@@ -172,7 +218,9 @@ def assert_same_run(ours: list[tuple], theirs: list[tuple], reward_rtol: float =
         assert_same_bits(our[3], their[3])
         our_info, their_info = our[4], their[4]
         done = our[2] | our[3]
-        assert set(our_info) == ({"final_obs", "_final_obs", "episode", "_episode"} if done.any() else set())
+        assert set(our_info) == (
+            {"final_obs", "_final_obs", "episode", "_episode"} if done.any() else set()
+        )
         assert set(our_info) <= set(their_info)
         if done.any():
             assert_same_bits(our_info["_final_obs"], their_info["_final_obs"])
@@ -217,7 +265,9 @@ def test_long_run_is_gymnasiums(robot, num_threads, long_run):
     assert_same_run(ours, theirs, REWARD_RTOL.get(robot, 0))
 
 
-@pytest.mark.parametrize(("num_envs", "num_threads", "dtype"), [(1, 1, np.float64), (3, 2, np.float32)])
+@pytest.mark.parametrize(
+    ("num_envs", "num_threads", "dtype"), [(1, 1, np.float64), (3, 2, np.float32)]
+)
 @pytest.mark.parametrize("robot", ROBOTS)
 def test_other_weights_and_time_limit_are_gymnasiums(robot, num_envs, num_threads, dtype, tmp_path):
     """Weights and ranges come from the environment object; the time limit holds, also after a reset in mid-episode."""
@@ -226,7 +276,9 @@ def test_other_weights_and_time_limit_are_gymnasiums(robot, num_envs, num_thread
     actions = random_actions(oracle.single_action_space, 45, num_envs, 3, dtype)
     theirs = record(oracle, 2, actions, reset_before=21)
     assert np.any([step[3] for step in theirs if len(step) > 2])
-    ours = record(make_task(robot, num_envs, limit, num_threads, **kwargs), 2, actions, reset_before=21)
+    ours = record(
+        make_task(robot, num_envs, limit, num_threads, **kwargs), 2, actions, reset_before=21
+    )
     assert_same_run(ours, theirs, REWARD_RTOL.get(robot, 0))
 
 
@@ -236,7 +288,9 @@ EXTREME_STATES = {
         *((("qpos", 1, z),) for z in (0.6, 0.8, 9.0)),
         *((("qpos", 2, angle),) for angle in (-0.3, -0.15, 0.15, 0.3)),
         *((("qvel", 5, speed),) for speed in (-400.0, -12.0, 12.0, 400.0)),
-        *((("qpos", 1, 3.0), ("qvel", 0, speed)) for speed in (-101.0, -99.0, 99.0, 101.0)),  # in flight
+        *(
+            (("qpos", 1, 3.0), ("qvel", 0, speed)) for speed in (-101.0, -99.0, 99.0, 101.0)
+        ),  # in flight
     ],
     "Walker2d": [
         *((("qpos", 1, z),) for z in (0.7, 0.9, 1.9, 2.1)),
@@ -267,7 +321,9 @@ def test_extreme_states_are_gymnasiums(robot, tmp_path):
     actions = np.zeros(oracle.action_space.shape, np.float32)
     theirs = [oracle.step(actions) for _ in range(2)]
     if robot == "HumanoidStandup":
-        assert theirs[0][4]["reward_impact"].min() == -10  # the upper end of the range of the impact cost
+        assert (
+            theirs[0][4]["reward_impact"].min() == -10
+        )  # the upper end of the range of the impact cost
     else:
         assert theirs[0][2].any()
         assert not theirs[0][2].all()
@@ -284,7 +340,9 @@ def test_resets_are_gymnasiums(robot, tmp_path):
     for seed in (11, None, None, [5, 2, 11], None):
         seen.append(ours.reset(seed=seed)[0])
         assert_same_bits(seen[-1], oracle.reset(seed=seed)[0])
-    same = [(a, b) for a, b in itertools.combinations(np.concatenate(seen), 2) if np.array_equal(a, b)]
+    same = [
+        (a, b) for a, b in itertools.combinations(np.concatenate(seen), 2) if np.array_equal(a, b)
+    ]
     assert len(same) == 2  # seed 11 is used twice, and its stream goes on the same way both times
     np.testing.assert_array_equal(seen[3][2], seen[0][0])
     np.testing.assert_array_equal(seen[4][2], seen[1][0])
@@ -319,7 +377,9 @@ def test_results_do_not_depend_on_threads(robot):
         assert_same_run(record(vec, 6, actions), one)
 
 
-@pytest.mark.parametrize(("field", "value"), [("qvel", np.nan), ("qvel", 1e11), ("qvel", 1e9), ("qpos", np.inf)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("qvel", np.nan), ("qvel", 1e11), ("qvel", 1e9), ("qpos", np.inf)]
+)
 @pytest.mark.parametrize("robot", ROBOTS)
 def test_diverged_simulation_ends_alone(robot, field, value):
     """It ends as terminated, finite and counted, starts anew from its own stream, and touches no other simulation."""
@@ -338,7 +398,11 @@ def test_diverged_simulation_ends_alone(robot, field, value):
         for i in (0, 2):
             assert_same_bits(obs[i], expected[0][i])
             assert rewards[i] == expected[1][i]
-            assert (terminations[i], truncations[i]) == (expected[2][i], expected[3][i]) == (False, False)
+            assert (
+                (terminations[i], truncations[i])
+                == (expected[2][i], expected[3][i])
+                == (False, False)
+            )
         assert np.isfinite(obs).all()
         assert np.isfinite(rewards).all()
         assert terminations[1] == (t in (2, 5))
@@ -363,7 +427,9 @@ def test_divergence_is_finite_without_mujocos_own_reset(robot):
     vec.reset(seed=0)
     vec.unwrapped.batch.qvel[1] = np.nan
     for t in range(3):
-        obs, rewards, terminations, _, infos = vec.step(np.zeros(vec.action_space.shape, np.float32))
+        obs, rewards, terminations, _, infos = vec.step(
+            np.zeros(vec.action_space.shape, np.float32)
+        )
         assert terminations.tolist() == [False, t == 0]
         assert np.isfinite(obs).all()
         assert np.isfinite(rewards).all()
@@ -399,7 +465,12 @@ def test_step_leaves_the_actions_alone():
 def test_spaces_and_time_limit_are_gymnasiums(robot, tmp_path):
     """The spaces and the limit of the registered task; what comes back is in the spaces."""
     ours, oracle = make_ours(robot, 2), make_oracle(robot, 2, tmp_path)
-    for space in ("observation_space", "single_observation_space", "action_space", "single_action_space"):
+    for space in (
+        "observation_space",
+        "single_observation_space",
+        "action_space",
+        "single_action_space",
+    ):
         assert getattr(ours, space) == getattr(oracle, space)
     assert ours.num_envs == 2
     assert ours.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
@@ -409,25 +480,40 @@ def test_spaces_and_time_limit_are_gymnasiums(robot, tmp_path):
     assert obs in ours.observation_space
     obs, rewards, terminations, truncations, _ = ours.step(ours.action_space.sample())
     assert obs in ours.observation_space
-    assert (rewards.dtype, terminations.dtype, truncations.dtype) == (np.float64, np.bool_, np.bool_)
+    assert (rewards.dtype, terminations.dtype, truncations.dtype) == (
+        np.float64,
+        np.bool_,
+        np.bool_,
+    )
     assert rewards.shape == terminations.shape == truncations.shape == (2,)
 
 
 @pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
-@pytest.mark.parametrize(("gym_id", "partition"), [("Ant-v4", "4x2"), ("InvertedPendulum-v5", "1x1")])
+@pytest.mark.parametrize(
+    ("gym_id", "partition"), [("Ant-v4", "4x2"), ("InvertedPendulum-v5", "1x1")]
+)
 def test_any_gymnasium_robot_works(gym_id, partition):
     """Gymnasium's other MuJoCo environments run on its own vectorisation, through autoresets."""
     vec = envs.make_vec(f"{gym_id}-{partition}", 2)
-    oracle = gym.make_vec(gym_id, 2, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+    oracle = gym.make_vec(
+        gym_id, 2, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
+    )
     actions = random_actions(oracle.single_action_space, 100, 2)
     ours, theirs = record(vec, 7, actions), record(RecordEpisodeStatistics(oracle), 7, actions)
     assert np.any([step[2] for step in ours[1:]])
     for our, their in zip(ours, theirs, strict=True):
         for field in range(len(our) - 1):
             assert_same_bits(our[field], their[field])
-        assert "episode" not in our[-1] or our[-1]["episode"]["l"].tolist() == their[-1]["episode"]["l"].tolist()
-    assert sorted(np.concatenate(vec.partition.act_ids)) == list(range(oracle.single_action_space.shape[0]))
-    assert all(len(ids) == oracle.single_observation_space.shape[0] for ids in vec.partition.obs_ids)
+        assert (
+            "episode" not in our[-1]
+            or our[-1]["episode"]["l"].tolist() == their[-1]["episode"]["l"].tolist()
+        )
+    assert sorted(np.concatenate(vec.partition.act_ids)) == list(
+        range(oracle.single_action_space.shape[0])
+    )
+    assert all(
+        len(ids) == oracle.single_observation_space.shape[0] for ids in vec.partition.obs_ids
+    )
 
 
 TWO_ARMS = """
@@ -469,7 +555,12 @@ class TwoArmsEnv(MujocoEnv):
 def two_arms(tmp_path):
     """Register the user's robot for one test."""
     (tmp_path / "two_arms.xml").write_text(TWO_ARMS)
-    gym.register("TwoArms-v0", TwoArmsEnv, max_episode_steps=7, kwargs={"xml_file": str(tmp_path / "two_arms.xml")})
+    gym.register(
+        "TwoArms-v0",
+        TwoArmsEnv,
+        max_episode_steps=7,
+        kwargs={"xml_file": str(tmp_path / "two_arms.xml")},
+    )
     yield "TwoArms-v0"
     del gym.registry["TwoArms-v0"]
 
@@ -492,7 +583,9 @@ def test_a_users_robot_works(two_arms, agent_obsk, obs_ids):
     expected, _ = single.reset(seed=9)
     for t in range(1, 10):
         assert_same_bits(obs[1], expected)
-        obs, rewards, terminations, truncations, infos = vec.step(np.full((2, 2), t / 10, np.float32))
+        obs, rewards, terminations, truncations, infos = vec.step(
+            np.full((2, 2), t / 10, np.float32)
+        )
         expected, reward, _, truncated, _ = single.step(np.full(2, t / 10, np.float32))
         assert rewards[1] == reward
         assert terminations.tolist() == [False, False]
@@ -504,7 +597,9 @@ def test_a_users_robot_works(two_arms, agent_obsk, obs_ids):
 
 def test_a_users_robot_is_found_in_its_module(tmp_path, monkeypatch):
     """ "module:id" imports the module that registers the robot."""
-    register = 'gym.register("Mine-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv", max_episode_steps=3)'
+    register = (
+        'gym.register("Mine-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv", max_episode_steps=3)'
+    )
     (tmp_path / "my_robots.py").write_text(f"import gymnasium as gym\n{register}\n")
     monkeypatch.syspath_prepend(tmp_path)
     vec = envs.make_vec("my_robots:Mine-v0-3x1", 2, 0)
@@ -529,7 +624,9 @@ def test_a_users_robot_must_describe_its_observation_to_be_split(two_arms, tmp_p
         envs.make_vec("CartPole-v1-1x1", 1)
 
 
-@pytest.mark.parametrize(("kwargs", "wrong"), [({"num_envs": 0}, "num_envs is 0"), ({"num_threads": -1}, "is -1")])
+@pytest.mark.parametrize(
+    ("kwargs", "wrong"), [({"num_envs": 0}, "num_envs is 0"), ({"num_threads": -1}, "is -1")]
+)
 def test_wrong_sizes_are_errors(kwargs, wrong):
     """One line that says what would be right."""
     with pytest.raises(ValueError, match=wrong) as error:

@@ -1,73 +1,102 @@
-"""HATRPO's trust region: Fisher matrix, conjugate gradient, line search and the step that they make."""
+"""HATRPO's trust region: Fisher matrix, conjugate gradient, and the step with its line search."""
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from conftest import set_theta, theta_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.distributions import Independent, Normal, kl_divergence
-from torch.func import functional_call, grad, jacrev
+from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    kl_divergence,
+    register_kl,
+)
+from torch.func import functional_call
 
 import hatrpo_mamujoco as hatrpo
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def make_actor(seed, obs_dim=3, act_dim=2, max_act_dim=None, hidden_sizes=(5, 4)):
-    """An actor with all parameters random, which uses the first `act_dim` of `max_act_dim` outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    actor = hatrpo.Actor(obs_dim, max_act_dim or act_dim, hatrpo.Args(hidden_sizes=hidden_sizes), generator)
-    actor.act_dim = act_dim
-    return randomize(actor, generator)
+class Discrete(nn.Module):
+    """A policy that chooses one of three settings for each actuator."""
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        self.net = hatrpo.mlp((obs_dim, *args.hidden_sizes, 3 * act_dim), 1.0)
+
+    def forward(self, obs):
+        logits = self.net(obs).view(len(obs), -1, 3)
+        return Independent(Categorical(logits=logits, validate_args=False), 1, validate_args=False)
 
 
-def randomize(actor, generator):
+def make_actor(seed, kind=hatrpo.Actor, obs_dim=3, act_dim=2, hidden_sizes=(5, 4)):
+    """An actor with all parameters random."""
+    actor = kind(obs_dim, act_dim, hatrpo.Args(hidden_sizes=hidden_sizes))
+    return randomize(actor, seed)
+
+
+def randomize(actor, seed):
     """Draw all the parameters anew."""
-    actor.theta.data.copy_(0.6 * torch.randn(actor.theta.shape, generator=generator))
+    generator = torch.Generator().manual_seed(seed)
+    set_theta(actor, 0.6 * torch.randn(len(theta_of(actor)), generator=generator))
     return actor
 
 
+class Batch(NamedTuple):
+    """Observations, actions drawn by an actor, their log-probabilities and weights M."""
+
+    obs: Tensor
+    actions: Tensor
+    logprobs: Tensor
+    M: Tensor
+
+
 def make_batch(actor, seed, size=16):
-    """Observations, actions drawn by the actor, their log-probabilities and random weights M."""
-    generator = torch.Generator().manual_seed(seed)
-    obs = torch.randn(size, actor.shapes[0][0], generator=generator)
-    dist = policy(actor, obs)
-    actions = dist.mean + dist.stddev * torch.randn(dist.mean.shape, generator=generator)
-    return obs, actions, dist.log_prob(actions), torch.randn(size, generator=generator)
+    """A batch of an actor with random M."""
+    torch.manual_seed(seed)
+    obs = torch.randn(size, actor.net[0].in_features)
+    with torch.no_grad():
+        dist = actor(obs)
+        actions = dist.sample()
+        return Batch(obs, actions, dist.log_prob(actions), torch.randn(size))
 
 
-def flatten(actor):
-    """A copy of all parameters."""
-    return actor.theta.detach().clone()
+def dist_at(actor, obs, theta):
+    """The distribution of an actor with the parameters theta, differentiable in theta."""
+    parameters = {}
+    for name, parameter in actor.named_parameters():
+        values, theta = theta.tensor_split([parameter.numel()])
+        parameters[name] = values.view_as(parameter)
+    assert len(theta) == 0
+    return functional_call(actor, parameters, (obs,))
 
 
-def policy(actor, obs, theta=None):
-    """The actor's distribution as PyTorch's, at its own parameters or at others."""
-    theta = flatten(actor) if theta is None else theta
-    mean, log_std = functional_call(actor, {"theta": theta}, (obs,))
-    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
-
-
-def joint_kl(dist, batch, earlier):
-    """What a batch says of KL(old || new) of the joint policy: this agent's ratio times those of the earlier ones."""
-    _, actions, logprobs, _ = batch
-    ratio = torch.stack([*earlier, dist.log_prob(actions) - logprobs]).sum(0).exp()
-    return (ratio - 1 - ratio.log()).mean().item()
+def sampled_kl(logratio):
+    """KL(old || new) as a batch shows it, from log(new / old) of its rows."""
+    ratio = logratio.exp()
+    return (ratio - 1 - ratio.log()).mean()
 
 
 def fisher_matrix(actor, obs):
     """The explicit Hessian of the mean KL(pi_old || pi) at pi_old."""
-    old = policy(actor, obs)
-    return jacrev(grad(lambda flat: kl_divergence(old, policy(actor, obs, flat)).mean()))(flatten(actor))
+    theta = theta_of(actor)
+    old = dist_at(actor, obs, theta)
+    return hessian(lambda new: kl_divergence(old, dist_at(actor, obs, new)).mean(), theta)
 
 
 def objective(dist, batch, ent_coef):
     """The surrogate that one agent's step is to raise."""
-    _, actions, logprobs, M = batch
-    return ((dist.log_prob(actions) - logprobs).exp() * M).mean() + ent_coef * dist.entropy().mean()
+    ratio = (dist.log_prob(batch.actions) - batch.logprobs).exp()
+    return (ratio * batch.M).mean() + ent_coef * dist.entropy().mean()
 
 
 def matrix_of(product, dim):
@@ -75,167 +104,423 @@ def matrix_of(product, dim):
     return torch.stack([product(e) for e in torch.eye(dim)], dim=1).detach()
 
 
+def make_args(**changed):
+    """Every setting that a step reads; without changes conjugate gradient converges here."""
+    args = hatrpo.Args()
+    args.cg_iters = 200
+    args.cg_damping = 0.1
+    for name, value in changed.items():
+        setattr(args, name, value)  # also out of range
+    return args
+
+
 # Fisher matrix
 
 ACTORS = {
     "two hidden layers": {},
     "one hidden layer": {"hidden_sizes": (6,), "obs_dim": 2, "act_dim": 3},
-    "fewer actions than others": {"act_dim": 1, "max_act_dim": 3, "obs_dim": 4},
+    "one actuator": {"act_dim": 1, "obs_dim": 4},
+    "categorical": {"kind": Discrete},
+    "categorical, one actuator": {"kind": Discrete, "act_dim": 1, "hidden_sizes": (4,)},
 }
 each_actor = pytest.mark.parametrize("sizes", ACTORS.values(), ids=ACTORS)
 
 
 @each_actor
 def test_fisher_vector_product_is_the_hessian_of_the_mean_kl(sizes):
-    """Equal to the explicit Hessian in every entry, log_std's included; symmetric and positive semi-definite."""
-    for seed in range(4):
+    """Equal to the explicit Hessian in every entry; symmetric and positive semi-definite."""
+    for seed in range(3):
         actor = make_actor(seed, **sizes)
-        obs, *_ = make_batch(actor, seed)
+        obs = make_batch(actor, seed).obs
+        before = theta_of(actor)
         expected = fisher_matrix(actor, obs)
         H = matrix_of(hatrpo.fisher_vector_product(actor, obs), len(expected))
         torch.testing.assert_close(H, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(H, H.T, rtol=1e-10, atol=1e-12)
         eigenvalues = torch.linalg.eigvalsh(H)
         assert eigenvalues.min() > -1e-12 * eigenvalues.max()
-        own, n = actor.act_dim, actor.max_act_dim  # log_std comes last; a Gaussian KL's second derivative in it is 2
-        block = torch.diag(torch.tensor([2.0] * own + [0.0] * (n - own)))
-        torch.testing.assert_close(H[-n:, -n:], block, rtol=0, atol=1e-12)
+        assert eigenvalues.max() > 1e-3
+        assert torch.equal(theta_of(actor), before)
 
 
 @each_actor
 def test_fisher_vector_product_is_gauss_newton(sizes):
-    """At pi_old the Hessian is J^T diag(1 / sigma^2, 2) J with J the Jacobian of mean and log_std."""
+    """By hand: J^T F J, with J the Jacobian of what the network says and F that distribution's Fisher matrix.
+
+    F of a Gaussian is diag(1 / sigma^2) in the mean and 2 in log_std, of a Categorical diag(p) - p p^T.
+    """
     actor = make_actor(7, **sizes)
-    obs, *_ = make_batch(actor, 7)
+    obs = make_batch(actor, 7).obs
+    theta = theta_of(actor)
+    dist = actor(obs)
+    H = matrix_of(hatrpo.fisher_vector_product(actor, obs), len(theta))
+    if isinstance(actor, Discrete):
+        J = jacobian(lambda new: dist_at(actor, obs, new).base_dist.logits, theta)
+        p = dist.base_dist.probs.detach()
+        fisher = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+        expected = torch.einsum("bkci,bkcd,bkdj->ij", J, fisher, J)
+    else:
+        J = jacobian(lambda new: dist_at(actor, obs, new).mean, theta)
+        precision = dist.stddev.detach() ** -2
+        expected = torch.einsum("bki,bk,bkj->ij", J, precision, J)
+        act_dim = len(actor.log_std)  # log_std comes first in theta
+        expected[:act_dim, :act_dim] += 2 * len(obs) * torch.eye(act_dim)
+    torch.testing.assert_close(H, expected / len(obs), rtol=1e-10, atol=1e-12)
 
-    def mean_and_log_std(flat):
-        dist = policy(actor, obs, flat)
-        return dist.mean, dist.stddev.log()
 
-    J_mean, J_log_std = jacrev(mean_and_log_std)(flatten(actor))
-    precision = policy(actor, obs).stddev ** -2
-    expected = torch.einsum("bki,bk,bkj->ij", J_mean, precision, J_mean)
-    expected += 2 * torch.einsum("bki,bkj->ij", J_log_std, J_log_std)
-    expected /= len(obs)
-    H = matrix_of(hatrpo.fisher_vector_product(actor, obs), len(expected))
-    torch.testing.assert_close(H, expected, rtol=1e-10, atol=1e-12)
+def test_log_std_is_in_the_trust_region():
+    """The second derivative of a Gaussian's KL in log_std is 2, and does not depend on the mean."""
+    actor = make_actor(0, act_dim=3)
+    obs = make_batch(actor, 0).obs
+    H = matrix_of(hatrpo.fisher_vector_product(actor, obs), len(theta_of(actor)))
+    torch.testing.assert_close(H[:3, :3], 2 * torch.eye(3), rtol=0, atol=1e-12)
+    torch.testing.assert_close(H[:3, 3:], torch.zeros_like(H[:3, 3:]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [hatrpo.Actor, Discrete])
+def test_flat_gradient_is_in_the_order_of_the_parameters(kind):
+    """The gradient of the entropy and a log-probability, by differences of theta."""
+    actor = make_actor(1, kind)
+    batch = make_batch(actor, 1)
+
+    def value(theta):
+        return objective(dist_at(actor, batch.obs, theta), batch, 0.3).item()
+
+    got = hatrpo.flat_gradient(objective(actor(batch.obs), batch, 0.3), actor)
+    theta = theta_of(actor)
+    expected = []
+    for e in 1e-6 * torch.eye(len(theta)):
+        expected.append((value(theta + e) - value(theta - e)) / 2e-6)
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-8)
 
 
 # Conjugate gradient
 
 
 def spd_system(rng, n):
-    """A random symmetric positive definite matrix of condition number up to 100, and a right-hand side."""
+    """A symmetric positive definite matrix of condition number up to 100, and a right-hand side."""
     Q, _ = np.linalg.qr(rng.normal(size=(n, n)))
     return torch.tensor((Q * 10 ** rng.uniform(-1, 1, n)) @ Q.T), torch.tensor(rng.normal(size=n))
 
 
+def damped(A, b, damping):
+    """A + c I: c is a fraction of the curvature of A along b."""
+    return A + damping * (b @ A @ b) / (b @ b) * torch.eye(len(b))
+
+
+def krylov_solution(A, b, damping, k):
+    """The minimum of x^T (A + c I) x / 2 - b^T x over the span of b, Ab, .., A^(k-1) b."""
+    if k == 0:
+        return torch.zeros_like(b)
+    powers = [torch.linalg.matrix_power(A, p) @ b for p in range(k)]
+    K, _ = torch.linalg.qr(torch.stack(powers, 1))
+    return K @ torch.linalg.solve(K.T @ damped(A, b, damping) @ K, K.T @ b)
+
+
+class Counted:
+    """The map v -> Av, which counts its calls."""
+
+    def __init__(self, A):
+        self.A = A
+        self.calls = 0
+
+    def __call__(self, v):
+        self.calls += 1
+        return self.A @ v
+
+
 def test_conjugate_gradient_solves_positive_definite_systems():
-    """Against torch.linalg.solve, damped or not; the default tolerance keeps |(A + c I) x - b|^2 under 1e-10."""
+    """Against torch.linalg.solve, damped or not; the larger b is, the smaller the relative residual."""
     rng = np.random.default_rng(0)
     for n in [*range(1, 12), 40]:
-        for damping in (0.0, 0.37, 10.0):
+        for damping in (0.0, 0.037, 1.0, 10.0):
             A, b = spd_system(rng, n)
-            damped = A + damping * torch.eye(n)
-            x, Ax = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, b, damping, 10 * n, 1e-24)
-            torch.testing.assert_close(x, torch.linalg.solve(damped, b), rtol=1e-9, atol=1e-10)
-            torch.testing.assert_close(Ax, A @ x, rtol=1e-9, atol=1e-10)
-            x, Ax = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, b, damping, 10 * n)
-            assert (damped @ x - b).square().sum() < 1.01e-10
-            torch.testing.assert_close(Ax, A @ x, rtol=1e-9, atol=1e-10)
+            b = 1e6 * b
+            x, Ax = hatrpo.conjugate_gradient(Counted(A), b, damping, 10 * n)
+            expected = torch.linalg.solve(damped(A, b, damping), b)
+            torch.testing.assert_close(x, expected, rtol=1e-8, atol=1e-4)
+            torch.testing.assert_close(Ax, A @ expected, rtol=1e-8, atol=1e-4)
+
+
+def test_conjugate_gradient_stops_at_a_small_residual():
+    """After the first k products for which |(A + c I) x - b|^2 is below 1e-10, and not before."""
+    rng = np.random.default_rng(2)
+    stopped = set()
+    for damping in (0.0, 0.37, 3.0):
+        for scale in (1e-6, 1e-3, 1.0):
+            A, b = spd_system(rng, 8)
+            b = scale * b
+            for k in range(8):
+                x = krylov_solution(A, b, damping, k)
+                if (damped(A, b, damping) @ x - b).square().sum() < 1e-10:
+                    break
+            else:
+                continue
+            H = Counted(A)
+            x, Ax = hatrpo.conjugate_gradient(H, b, damping, 80)
+            assert H.calls == k
+            assert (damped(A, b, damping) @ x - b).square().sum() < 1e-10
+            torch.testing.assert_close(Ax, A @ x, rtol=1e-9, atol=1e-12)
+            stopped.add(k)
+    assert len(stopped) >= 3
 
 
 def test_conjugate_gradient_after_k_iterations_is_the_best_in_the_krylov_space():
-    """After k products with A: the minimum of x^T (A + c I) x / 2 - b^T x over the span of b, Ab, .., A^(k-1) b."""
+    """After k products with A, neither more nor less."""
     rng = np.random.default_rng(1)
     for k, damping in itertools.product(range(6), (0.0, 0.37)):
         A, b = spd_system(rng, 8)
-        K = torch.stack([torch.linalg.matrix_power(A, p) @ b for p in range(k)], 1) if k else torch.zeros(8, 0)
-        K, _ = torch.linalg.qr(K)
-        expected = K @ torch.linalg.solve(K.T @ (A + damping * torch.eye(8)) @ K, K.T @ b)
-        products = []
-        count = lambda v, A=A, products=products: products.append(v) or A @ v  # noqa: E731
-        x, Ax = hatrpo.conjugate_gradient(count, b, damping, k)
-        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(Ax, A @ expected, rtol=1e-9, atol=1e-10)
-        assert len(products) == k
+        H = Counted(A)
+        x, Ax = hatrpo.conjugate_gradient(H, b, damping, k)
+        expected = krylov_solution(A, b, damping, k)
+        torch.testing.assert_close(x, expected, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(Ax, A @ expected, rtol=1e-8, atol=1e-9)
+        assert H.calls == k
 
 
-def test_conjugate_gradient_of_zero_is_zero():
-    """No gradient, no step, no NaN, whatever the matrix; and nothing goes on after an exact solution."""
-    for A in (torch.eye(3), torch.zeros(3, 3)):
-        x, Ax = hatrpo.conjugate_gradient(lambda v, A=A: A @ v, torch.zeros(3), 0.0, 10)
-        assert torch.equal(x, torch.zeros(3))
-        assert torch.equal(Ax, torch.zeros(3))
-    x, Ax = hatrpo.conjugate_gradient(lambda v: 3 * v, torch.tensor([4.0, 8.0, -4.0]), 1.0, 10)
+def test_conjugate_gradient_by_hand():
+    """Three times the identity along which c is 3 too: b / 6 after one product."""
+    H = Counted(3 * torch.eye(3))
+    x, Hx = hatrpo.conjugate_gradient(H, torch.tensor([6.0, 12.0, -6.0]), 1.0, 10)
     assert x.tolist() == [1, 2, -1]
-    assert Ax.tolist() == [3, 6, -3]
+    assert Hx.tolist() == [3, 6, -3]
+    assert H.calls == 1
 
 
-# Line search
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_conjugate_gradient_of_zero_is_zero(damping):
+    """No gradient, no step, no NaN, whatever the matrix."""
+    for A in (torch.eye(3), torch.zeros(3, 3)):
+        H = Counted(A)
+        x, Hx = hatrpo.conjugate_gradient(H, torch.zeros(3), damping, 10)
+        assert torch.equal(x, torch.zeros(3))
+        assert torch.equal(Hx, torch.zeros(3))
+        assert H.calls == 0
 
-PARAMS, STEP = torch.tensor([[0, -2.3], [1, 0]], dtype=torch.float64)  # the first number is the share of the step
+
+# Line search: a policy whose one parameter is the share of the full step that is tried, and whose
+# gain, KL and log-ratios are given functions of that share.
 
 
-def search(gain, kl, expected_gain=1.0, target_kl=0.01, coeff=0.5, iters=10, accept_ratio=0.5):
-    """Run `line_search` on functions of the share of the step; check what it tried; return that share or None."""
+class Dial(nn.Module):
+    """The policy. The full step of `trpo_step` with radius `delta` is 1."""
+
+    def __init__(self, gain, kl, logratio, slope, delta):
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(1))
+        self.gain = gain
+        self.kl = kl
+        self.logratio = logratio
+        self.slope = slope
+        self.delta = delta
+
+    def forward(self, obs):
+        return Dialled(self)
+
+
+class Dialled(Distribution):
+    """What a `Dial` returns: the gain is one of its entropy, the weights M are 0."""
+
+    arg_constraints = {}  # noqa: RUF012 (as in torch.distributions)
+
+    def __init__(self, dial):
+        super().__init__(validate_args=False)
+        self.dial = dial
+        self.share = dial.share
+
+    def entropy(self):
+        if self.share == 0:
+            return self.dial.slope * self.share  # what the gradient sees
+        return torch.tensor([float(self.dial.gain(self.share.item()))])
+
+    def log_prob(self, actions):
+        return torch.tensor(self.dial.logratio(self.share.item()))
+
+
+@register_kl(Dialled, Dialled)
+def kl_of_dials(old, new):
+    """The KL of the share that is tried; at 0 with the curvature that makes the full step 1."""
+    assert old.share == 0
+    if new.share == 0:
+        return old.dial.delta * (new.share - old.share) ** 2
+    return torch.tensor([float(new.dial.kl(new.share.item()))])
+
+
+def nothing(share):
+    """A KL of 0, or no gain."""
+    return 0.0
+
+
+def all_of_it(share):
+    """A gain as the gradient predicts it."""
+    return share
+
+
+def search(
+    gain,
+    kl,
+    *,
+    expected_gain=1.0,
+    delta=0.5,
+    coeff=0.5,
+    iters=10,
+    accept_ratio=0.5,
+    logratio=lambda share: [0.0, 0.0],
+    joint_logratio=(0.0, 0.0),
+    m=1,
+    use_sampled_kl=True,
+):
+    """Take a step with a `Dial`; check what it tried, kept and reported; return j, or None."""
     tried = []
 
-    def evaluate(new_params):
-        share = new_params[0].item()
+    def recorded_kl(share):
         tried.append(share)
-        return torch.tensor(float(gain(share))), torch.tensor(float(kl(share)))
+        return kl(share)
 
+    dial = Dial(gain, recorded_kl, logratio, expected_gain, delta)
     args = make_args(backtrack_coeff=coeff, backtrack_iters=iters, accept_ratio=accept_ratio)
-    new_params, stats = hatrpo.line_search(evaluate, PARAMS, STEP, torch.tensor(expected_gain), target_kl, args)
+    args.cg_damping = 0.0
+    args.ent_coef = 1.0
+    args.sampled_kl = use_sampled_kl
+    rows = torch.zeros(2)
+    new_logratio, stats = hatrpo.trpo_step(
+        dial, rows, rows, rows, rows, torch.tensor(joint_logratio), m, delta, args
+    )
     assert tried == pytest.approx([coeff**j for j in range(len(tried))])
-    assert set(stats) == {"backtracks", "accepted", "surrogate_gain", "kl"}
+    assert stats["expected_gain"].item() == pytest.approx(expected_gain)
+    share = dial.share.item()
+    assert new_logratio.tolist() == logratio(share)
     if stats["accepted"] == 0:
         assert len(tried) == iters + 1
-        assert torch.equal(new_params, PARAMS)
-        assert stats["surrogate_gain"] == 0 and stats["kl"] == 0
+        assert stats["backtracks"] == iters
+        assert share == 0
+        assert stats["surrogate_gain"] == 0
+        assert stats["kl"] == 0
         return None
     assert stats["accepted"] == 1
     assert stats["backtracks"] == len(tried) - 1
-    torch.testing.assert_close(new_params, PARAMS + tried[-1] * STEP)
-    assert stats["surrogate_gain"] == pytest.approx(gain(tried[-1]))
-    assert stats["kl"] == pytest.approx(kl(tried[-1]))
-    return int(stats["backtracks"])
+    assert share == tried[-1]
+    assert stats["surrogate_gain"].item() == gain(share)
+    assert stats["kl"].item() == kl(share)
+    return stats["backtracks"]
 
 
-def test_line_search_on_known_answers():
-    """j = 0, a middle one, backtrack_iters itself, and none; each condition alone can reject."""
-    good, none = lambda a: a, lambda a: 0.0
-    assert search(good, none) == 0
-    assert search(good, lambda a: 0.01 * a) == 0  # a KL of exactly the radius is inside
-    assert search(lambda a: 0.5 * a, none) == 0  # a gain of exactly kappa of the expected is enough
-    assert search(good, lambda a: 0.04 * a**2) == 1  # only the KL fails at first
-    assert search(good, lambda a: 0.0401 * a**2) == 2
-    assert search(lambda a: a - 4 * a**2, none) == 3  # only the gain fails: a - 4 a^2 >= a / 2 from a = 1 / 8 on
-    assert search(good, lambda a: 0.01 * (a * 1024)) == 10
-    assert search(good, lambda a: 0.01 * (a * 1025)) is None
-    assert search(good, lambda a: 0.02, iters=3) is None
-    assert search(lambda a: 0.49 * a, none) is None
-    assert search(lambda a: -a, none) is None
-    assert search(good, none, iters=0) == 0
-    assert search(good, lambda a: 0.02 * a, iters=0) is None
-    assert search(lambda a: 0.9 * a, none, accept_ratio=0.9, coeff=0.8) == 0
-    assert search(lambda a: 0.8 * a, none, accept_ratio=0.9, coeff=0.8) is None
+def test_line_search_finds_the_smallest_j():
+    """The first step, a middle one, backtrack_iters itself, and none."""
+    assert search(all_of_it, nothing) == 0
+    assert search(all_of_it, lambda a: 2 * a**2) == 1
+    assert search(all_of_it, lambda a: 0.5 * 1024 * a) == 10
+    assert search(all_of_it, lambda a: 0.5 * 1025 * a) is None
+    assert search(all_of_it, nothing, iters=0) == 0
+    assert search(all_of_it, lambda a: a, iters=0) is None
+    assert search(all_of_it, lambda a: a, iters=1) == 1
+    # Good, bad and good again: the first one is taken.
+    assert search(all_of_it, lambda a: 1.0 if a > 0.5 or a == 0.25 else 0.0) == 1
 
 
-@settings(derandomize=True, deadline=None, max_examples=500)
+def test_line_search_tests_the_kl():
+    """A KL of exactly the radius is inside, at every j; the gain alone does not help."""
+    assert search(all_of_it, lambda a: 0.5 * a) == 0
+    assert search(all_of_it, lambda a: 0.5000001 * a) == 1
+    assert search(all_of_it, lambda a: 2.000001 * a**2) == 2
+    assert search(all_of_it, lambda a: 0.6, iters=3) is None
+
+
+def test_line_search_tests_the_gain():
+    """At least accept_ratio of what the gradient predicts for a step of this length, not of the full one."""
+    assert search(lambda a: 0.5 * a, nothing) == 0
+    assert search(lambda a: 0.4999999 * a, nothing) is None
+    assert search(lambda a: -a, nothing) is None
+    assert search(lambda a: a - 4 * a**2, nothing) == 3  # a - 4 a^2 >= a / 2 from a = 1 / 8 on
+    assert search(lambda a: 0.9 * a, nothing, accept_ratio=0.9) == 0
+    assert search(lambda a: 0.8 * a, nothing, accept_ratio=0.9) is None
+    assert search(lambda a: 2.0 * a, nothing, expected_gain=4.0) == 0
+    assert search(lambda a: 1.9 * a, nothing, expected_gain=4.0) is None
+
+
+@pytest.mark.parametrize("accept_ratio", [0.0, 0.5])
+def test_a_gain_of_0_is_never_accepted(accept_ratio):
+    """Not even where any gain would be enough."""
+    assert search(nothing, nothing, accept_ratio=accept_ratio) is None
+    assert search(lambda a: 0.0 if a > 0.2 else a, nothing, accept_ratio=accept_ratio) == 3
+    assert search(lambda a: 1e-9 * a, nothing, accept_ratio=0.0) == 0
+    assert search(lambda a: -1e-9 * a, nothing, accept_ratio=0.0) is None
+
+
+LOG_2 = math.log(2)
+KL_OF_LOG_2 = 2 - 1 - LOG_2  # what a row says whose probability doubled
+
+
+def test_line_search_tests_the_joint_kl_of_the_batch():
+    """The mean over the rows of (r - 1 - log r), r being the product of all agents' ratios; m shares of it."""
+
+    def doubled(share):
+        return [LOG_2, LOG_2]
+
+    below, above = KL_OF_LOG_2 * (1 - 1e-9), KL_OF_LOG_2 * (1 + 1e-9)
+    assert search(all_of_it, nothing, logratio=doubled, delta=above) == 0
+    assert search(all_of_it, nothing, logratio=doubled, delta=below) is None
+    # m of n agents have m shares.
+    assert search(all_of_it, nothing, logratio=doubled, delta=above / 3, m=3) == 0
+    assert search(all_of_it, nothing, logratio=doubled, delta=below / 3, m=3) is None
+    assert search(all_of_it, nothing, logratio=doubled, delta=above / 3, m=2) is None
+    # It is a mean over the rows.
+    one_row = lambda share: [LOG_2, 0.0]  # noqa: E731
+    assert search(all_of_it, nothing, logratio=one_row, delta=above / 2) == 0
+    assert search(all_of_it, nothing, logratio=one_row, delta=below / 2) is None
+    # It is of the joint policy: the earlier agents' ratios count, also where they cancel this one's.
+    earlier = (LOG_2, LOG_2)
+    assert search(all_of_it, nothing, joint_logratio=earlier, delta=above) == 0
+    assert search(all_of_it, nothing, joint_logratio=earlier, delta=below) is None
+    back = (-LOG_2, -LOG_2)
+    assert search(all_of_it, nothing, logratio=doubled, joint_logratio=back, delta=0.001) == 0
+    # It shrinks with the step: 2^a - 1 - a log 2 is 0.307, 0.0676, 0.0159, 0.0038, ...
+    part = lambda share: [LOG_2 * share] * 2  # noqa: E731
+    assert search(all_of_it, nothing, logratio=part, delta=0.07) == 1
+    assert search(all_of_it, nothing, logratio=part, delta=0.067) == 2
+    assert search(all_of_it, nothing, logratio=part, delta=0.067, iters=1) is None
+    assert search(all_of_it, nothing, logratio=part, delta=0.067 / 5, m=5) == 2
+
+
+def test_m_shares_are_not_the_agents_own_radius():
+    """The closed-form KL of one agent may not exceed one share, however many agents there were."""
+    assert search(all_of_it, lambda a: 0.6 * a, m=5) == 1
+    assert search(all_of_it, lambda a: 0.5 * a, m=5) == 0
+
+
+def test_the_joint_kl_can_be_switched_off(monkeypatch):
+    """By --no-sampled-kl: then the two tests of the paper are all."""
+
+    def search_without(gain, kl, **options):
+        return search(gain, kl, logratio=lambda share: [5.0, 5.0], use_sampled_kl=False, **options)
+
+    assert search_without(all_of_it, nothing) == 0
+    assert search_without(all_of_it, nothing, joint_logratio=(3.0, 3.0)) == 0
+    assert search_without(all_of_it, lambda a: 2 * a**2) == 1
+    assert search_without(lambda a: 0.4 * a, nothing) is None
+    assert search(all_of_it, nothing, logratio=lambda share: [5.0, 5.0]) is None
+
+    monkeypatch.setattr("sys.argv", ["hatrpo_mamujoco.py"])
+    assert hatrpo.parse_args()[0].sampled_kl is True
+    monkeypatch.setattr("sys.argv", ["hatrpo_mamujoco.py", "--no-sampled-kl"])
+    assert hatrpo.parse_args()[0].sampled_kl is False
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
 @given(
     slope=st.floats(0.01, 100),
     curvature=st.floats(0, 1000),
     kl_curvature=st.floats(1e-4, 100),
-    target_kl=st.floats(1e-4, 1),
+    delta=st.floats(1e-4, 1),
     coeff=st.floats(0.1, 0.95),
     iters=st.integers(0, 20),
     accept_ratio=st.floats(0.05, 0.95),
 )
-def test_line_search_on_quadratic_models(slope, curvature, kl_curvature, target_kl, coeff, iters, accept_ratio):
-    """gain = s a - c a^2 and KL = k a^2: the first power of alpha below min((1 - kappa) s / c, sqrt(delta / k))."""
-    largest = math.sqrt(target_kl / kl_curvature)
+def test_line_search_on_quadratic_models(
+    slope, curvature, kl_curvature, delta, coeff, iters, accept_ratio
+):
+    """gain = s a - c a^2, KL = k a^2: the first alpha^j below min((1 - kappa) s / c, sqrt(delta / k))."""
+    largest = math.sqrt(delta / kl_curvature)
     if curvature > 0:
         largest = min(largest, (1 - accept_ratio) * slope / curvature)
     j = max(0.0, math.log(largest) / math.log(coeff))
@@ -244,7 +529,7 @@ def test_line_search_on_quadratic_models(slope, curvature, kl_curvature, target_
         lambda a: slope * a - curvature * a**2,
         lambda a: kl_curvature * a**2,
         expected_gain=slope,
-        target_kl=target_kl,
+        delta=delta,
         coeff=coeff,
         iters=iters,
         accept_ratio=accept_ratio,
@@ -252,145 +537,259 @@ def test_line_search_on_quadratic_models(slope, curvature, kl_curvature, target_
     assert found == (math.ceil(j) if math.ceil(j) <= iters else None)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_line_search_never_accepts_what_is_not_finite(bad):
-    """A NaN in the gain or in the KL is a rejection, at every j."""
-    assert search(lambda a: bad, lambda a: 0.0) is None
-    assert search(lambda a: a, lambda a: abs(bad)) is None
-    assert search(lambda a: bad if a > 0.2 else a, lambda a: 0.0) == 3
-    assert search(lambda a: a, lambda a: abs(bad) if a > 0.2 else 0.0) == 3
-    assert search(lambda a: math.nan, lambda a: math.nan) is None
+@pytest.mark.parametrize("use_sampled_kl", [True, False])
+def test_line_search_never_accepts_what_is_not_finite(use_sampled_kl):
+    """A NaN in the gain, the KL or the ratios is a rejection, at every j; so is an infinite KL."""
+    nan = math.nan
+
+    def reject(gain, kl, **options):
+        return search(gain, kl, use_sampled_kl=use_sampled_kl, **options)
+
+    def bad_ratios(value):
+        return lambda share: [value, 0.0] if share > 0.2 else [0.0, 0.0]
+
+    for bad in (nan, -math.inf):
+        assert reject(lambda a, bad=bad: bad, nothing) is None
+        assert reject(lambda a, bad=bad: bad if a > 0.2 else a, nothing) == 3
+        assert reject(all_of_it, lambda a, bad=bad: abs(bad)) is None
+        assert reject(all_of_it, lambda a, bad=bad: abs(bad) if a > 0.2 else 0.0) == 3
+    assert reject(lambda a: nan, lambda a: nan) is None
+    assert reject(all_of_it, nothing, logratio=bad_ratios(nan)) == 3
+    assert reject(all_of_it, nothing, logratio=bad_ratios(math.inf)) == 3
 
 
 # The step
 
 
-def make_args(**changed):
-    """Every setting that a step reads; conjugate gradient runs to convergence on these small networks."""
-    search = {"target_kl": 0.01, "backtrack_coeff": 0.8, "backtrack_iters": 10, "accept_ratio": 0.5}
-    solver = {"cg_iters": 200, "cg_damping": 0.1, "fisher_stride": 1, "ent_coef": 0.0}
-    args = hatrpo.Args()
-    vars(args).update(search | solver | changed)  # also out of range
-    return args
+class Expected(NamedTuple):
+    """What a step does, computed otherwise."""
+
+    theta: Tensor
+    logratio: Tensor
+    stats: dict[str, float]
 
 
+def expected_step(actor, batch, joint_logratio, m, delta, args):
+    """A trust-region step with the explicit Fisher matrix; all candidates are tried, the longest good one is kept."""
+    theta = theta_of(actor)
+    old = dist_at(actor, batch.obs, theta)
+    old_objective = objective(old, batch, args.ent_coef)
+    gradient = jacobian(
+        lambda new: objective(dist_at(actor, batch.obs, new), batch, args.ent_coef), theta
+    )
+    H = fisher_matrix(actor, batch.obs)
+    if args.cg_iters < 10:
+        x = krylov_solution(H, gradient, args.cg_damping, args.cg_iters)
+    else:
+        x = torch.linalg.solve(damped(H, gradient, args.cg_damping), gradient)
+    step = x * torch.sqrt(2 * delta / (x @ H @ x))
+    assert 0.5 * step @ H @ step == pytest.approx(delta, rel=1e-9)
+    expected_gain = (step @ gradient).item()
+    stats = {
+        "policy_loss": -old_objective.item(),
+        "entropy": old.entropy().mean().item(),
+        "grad_norm": gradient.square().sum().sqrt().item(),
+        "expected_gain": expected_gain,
+        "step_cosine": torch.cosine_similarity(x, gradient, dim=0).item(),
+        "accepted": 0,
+        "backtracks": args.backtrack_iters,
+        "surrogate_gain": 0.0,
+        "kl": 0.0,
+    }
+    kept = theta
+    for j in reversed(range(args.backtrack_iters + 1)):
+        scale = args.backtrack_coeff**j
+        candidate = theta + scale * step
+        dist = dist_at(actor, batch.obs, candidate)
+        gain = (objective(dist, batch, args.ent_coef) - old_objective).item()
+        kl = kl_divergence(old, dist).mean().item()
+        logratio = dist.log_prob(batch.actions) - batch.logprobs
+        good = gain >= args.accept_ratio * scale * expected_gain and kl <= delta
+        if args.sampled_kl and sampled_kl(joint_logratio + logratio) > m * delta:
+            good = False
+        if good:
+            kept = candidate
+            stats |= {"accepted": 1, "backtracks": j, "surrogate_gain": gain, "kl": kl}
+    logratio = dist_at(actor, batch.obs, kept).log_prob(batch.actions) - batch.logprobs
+    return Expected(kept, logratio, stats)
+
+
+@pytest.mark.parametrize("kind", [hatrpo.Actor, Discrete])
+@pytest.mark.parametrize("cg_iters", [2, 200])
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])
-@pytest.mark.parametrize("stride", [1, 3])
-def test_step_is_built_from_gradient_and_damped_fisher_matrix(ent_coef, stride, monkeypatch):
-    """What conjugate gradient and line search get: g, H, a share of g'Hg / g'g, a step on the model's boundary."""
-    actor = make_actor(3)
-    batch = make_batch(actor, 3)
-    batch[3].mul_(1e4)  # the step does not depend on M's size, but relative to it conjugate gradient is exact
-    args, old = make_args(ent_coef=ent_coef, fisher_stride=stride, cg_damping=0.37, cg_iters=77), flatten(actor)
-    H = fisher_matrix(actor, batch[0][::stride])
-    gradient = grad(lambda flat: objective(policy(actor, batch[0], flat), batch, ent_coef))(old)
-    absolute = 0.37 * (gradient @ H @ gradient / (gradient @ gradient)).item()
-    earlier = [0.1 * torch.randn(len(batch[0])), 0.2 * torch.randn(len(batch[0]))]
-    seen = {}
+def test_step_by_the_explicit_fisher_matrix(kind, cg_iters, ent_coef):
+    """Gradient, damped natural gradient, length, line search, what is kept and what is logged."""
+    backtracks = set()
+    for seed in range(12):
+        actor = make_actor(seed, kind)
+        batch = make_batch(actor, seed)
+        # The step does not depend on the size of the objective; relative to it conjugate gradient is exact.
+        batch = batch._replace(M=1e4 * batch.M)
+        joint_logratio = 0.2 * torch.randn(16)
+        delta = (0.01, 0.1, 0.5)[seed % 3]
+        m = 1 + seed % 4
+        args = make_args(ent_coef=1e4 * ent_coef, cg_iters=cg_iters, cg_damping=0.37)
+        args.sampled_kl = seed % 2 == 0
+        args.accept_ratio = 0.8
+        expected = expected_step(actor, batch, joint_logratio, m, delta, args)
+        logratio, stats = hatrpo.trpo_step(actor, *batch, joint_logratio, m, delta, args)
+        assert {name: float(value) for name, value in stats.items()} == pytest.approx(
+            expected.stats, rel=1e-6
+        )
+        torch.testing.assert_close(theta_of(actor), expected.theta, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(logratio, expected.logratio.detach(), rtol=1e-6, atol=1e-8)
+        assert not logratio.requires_grad
+        assert not any(torch.is_tensor(v) and v.requires_grad for v in stats.values())
+        backtracks.add(stats["backtracks"] if stats["accepted"] else None)
+    assert len(backtracks) >= 3
 
-    def solve(product, b, damping, cg_iters):
-        torch.testing.assert_close(matrix_of(product, len(b)), H, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(b, gradient, rtol=1e-10, atol=1e-12)
-        assert damping == pytest.approx(absolute, rel=1e-9) and cg_iters == 77
-        x = torch.linalg.solve(H + damping * torch.eye(len(b)), b)
-        return x, H @ x
 
-    def line_search(evaluate, params, step, expected_gain, *settings_):
-        assert settings_ == (0.01, args)
-        assert torch.equal(params, old)
-        x = torch.linalg.solve(H + absolute * torch.eye(len(old)), gradient)
-        torch.testing.assert_close(step, x * torch.sqrt(0.02 / (x @ H @ x)), rtol=1e-8, atol=1e-12)
-        assert 0.5 * step @ H @ step == pytest.approx(0.01, rel=1e-8)
-        seen["larger"] = set()
-        for scale in (1, 3, -1e-3):  # the gain is of the objective, and both KLs are on the whole batch
-            gain, kl = evaluate(params + scale * step)
-            flat = params + scale * step
-            before, after = policy(actor, batch[0], params), policy(actor, batch[0], flat)
-            expected = objective(after, batch, ent_coef) - objective(before, batch, ent_coef)
-            assert gain == pytest.approx(expected.item(), rel=1e-9, abs=1e-9)
-            kls = kl_divergence(before, after).mean().item(), joint_kl(after, batch, earlier) / 3
-            assert kl == pytest.approx(max(kls), rel=1e-9)
-            seen["larger"].add(kls.index(max(kls)))
-        assert seen["larger"] == {0, 1}
-        h = 1e-6
-        dists = (policy(actor, batch[0], params + sign * h * step) for sign in (1, -1))
-        up, down = (objective(dist, batch, ent_coef) for dist in dists)
-        assert expected_gain == pytest.approx((up - down).item() / (2 * h), rel=1e-6)
-        seen["expected_gain"] = expected_gain
-        return params + 0.5 * step, {"kl": torch.tensor(0.123)}
+@pytest.mark.parametrize("share_param", [False, True])
+def test_update_of_gaussian_and_categorical_agents(share_param):
+    """One step after the other in a list that mixes them: the factor M, the joint log-ratio and the shares.
 
-    monkeypatch.setattr(hatrpo, "conjugate_gradient", solve)
-    monkeypatch.setattr(hatrpo, "line_search", line_search)
-    before = objective(policy(actor, batch[0]), batch, ent_coef)
-    entropy = policy(actor, batch[0]).entropy().mean().item()
-    stats = hatrpo.trpo_step(actor, *batch, earlier, 0.01, args)
-    assert 0.5 * (flatten(actor) - old) @ H @ (flatten(actor) - old) == pytest.approx(0.0025, rel=1e-8)
-    assert stats["kl"] == 0.123  # the line search's word is passed on
-    assert stats["expected_gain"] == seen["expected_gain"]
-    assert stats["policy_loss"] == pytest.approx(-before.item())
-    assert stats["grad_norm"] == pytest.approx(gradient.square().sum().sqrt().item())
-    assert stats["entropy"] == pytest.approx(entropy)
-    x = torch.linalg.solve(H + absolute * torch.eye(len(old)), gradient)
-    assert stats["step_cosine"] == pytest.approx(torch.cosine_similarity(x, gradient, dim=0).item())
+    With shared parameters the second agent of a kind starts from what the first one left.
+    """
+    actors = [make_actor(0), make_actor(1, Discrete), make_actor(2), make_actor(3, Discrete)]
+    if share_param:
+        actors[2] = actors[0]
+        actors[3] = actors[1]
+    batches = [make_batch(actor, seed) for seed, actor in enumerate(actors)]
+    obs = [batch.obs for batch in batches]
+    actions = [batch.actions for batch in batches]
+    advantages = 1e4 * batches[0].M
+    start = [theta_of(actor) for actor in actors]
+    args = make_args(target_kl=0.4, cg_damping=0.37)
+
+    torch.manual_seed(5)
+    order = torch.randperm(4).tolist()
+    assert order != [0, 1, 2, 3]
+    M = advantages
+    joint_logratio = torch.zeros(16)
+    stats = {}
+    for m, i in enumerate(order, start=1):
+        batch = batches[i]._replace(M=M)
+        step = expected_step(actors[i], batch, joint_logratio, m, 0.1, args)
+        set_theta(actors[i], step.theta)
+        for name, value in step.stats.items():
+            stats[f"agent_{i}/{name}"] = value
+        M = M * step.logratio.detach().exp()
+        joint_logratio = joint_logratio + step.logratio.detach()
+    stats["losses/M_std"] = M.std().item()
+    stats["losses/joint_kl"] = sampled_kl(joint_logratio).item()
+    expected = [theta_of(actor) for actor in actors]
+    accepted = [stats[f"agent_{i}/accepted"] for i in range(4)]
+    assert sum(accepted) >= 3
+
+    for actor, theta in zip(actors, start, strict=True):
+        set_theta(actor, theta)
+    torch.manual_seed(5)
+    log = hatrpo.hatrpo_update(actors, obs, actions, advantages, args)
+    assert {name: float(value) for name, value in log.items()} == pytest.approx(stats, rel=1e-5)
+    for actor, theta in zip(actors, expected, strict=True):
+        torch.testing.assert_close(theta_of(actor), theta, rtol=1e-5, atol=1e-7)
 
 
 def test_no_step_ever_leaves_the_trust_region():
-    """Six hundred random problems: KL within the radius, gain as promised, or nothing changed to the last bit."""
+    """Four hundred random problems: KLs within the radius, gain as promised, or nothing changed to the last bit."""
     rng = np.random.default_rng(0)
     outcomes = {0: 0, 1: 0}
-    actors = [make_actor(0, obs_dim=2, act_dim=act_dim, hidden_sizes=(3,)) for act_dim in (1, 2)]
-    for seed in range(600):
-        actor = randomize(actors[seed % 2], torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            actor.theta[-actor.act_dim :].add_(float(rng.choice([-2, 0, 1])))
+    small = {"obs_dim": 2, "hidden_sizes": (3,)}
+    actors = [make_actor(0, act_dim=act_dim, **small) for act_dim in (1, 2)]
+    actors.append(make_actor(0, Discrete, act_dim=1, **small))
+    for seed in range(400):
+        actor = randomize(actors[seed % 3], seed)
+        if seed % 3 < 2:
+            with torch.no_grad():
+                actor.log_std += float(rng.choice([-2, 0, 1]))
         batch = make_batch(actor, seed, 8)
-        batch[3].mul_(10 ** rng.uniform(-4, 4)).add_(rng.choice([0, 1]))
+        M = 10 ** rng.uniform(-4, 4) * batch.M + rng.choice([0, 1])
+        batch = batch._replace(M=M)
         args = make_args(
-            target_kl=10 ** rng.uniform(-4, 1.5),
             backtrack_iters=int(rng.choice([0, 1, 6])),
             accept_ratio=float(rng.uniform(0.05, 0.99)),
             cg_iters=int(rng.integers(1, 8)),
             cg_damping=10 ** rng.uniform(-6, 0),
             ent_coef=float(rng.choice([0, 0.01])),
+            sampled_kl=bool(rng.choice([False, True])),
         )
-        old_params, old = flatten(actor), policy(actor, batch[0])
-        earlier = [0.1 * torch.randn(8)] * int(rng.integers(0, 3))
-        stats = hatrpo.trpo_step(actor, *batch, earlier, args.target_kl, args)
-        new, accepted = policy(actor, batch[0]), int(stats["accepted"])
+        delta = 10 ** rng.uniform(-4, 1.5)
+        m = int(rng.integers(1, 4))
+        joint_logratio = 0.1 * torch.randn(8) * (m > 1)
+        old_theta = theta_of(actor)
+        old = dist_at(actor, batch.obs, old_theta)
+        logratio, stats = hatrpo.trpo_step(actor, *batch, joint_logratio, m, delta, args)
+        new = dist_at(actor, batch.obs, theta_of(actor))
+        expected_logratio = new.log_prob(batch.actions) - batch.logprobs
+        torch.testing.assert_close(logratio, expected_logratio)
+        accepted = stats["accepted"]
         outcomes[accepted] += 1
         if not accepted:
-            assert torch.equal(flatten(actor), old_params)
-            assert stats["kl"] == 0 and stats["surrogate_gain"] == 0
+            assert torch.equal(theta_of(actor), old_theta)
+            assert stats["kl"] == 0
+            assert stats["surrogate_gain"] == 0
             continue
-        kl = max(kl_divergence(old, new).mean().item(), joint_kl(new, batch, earlier) / (len(earlier) + 1))
-        gain = (objective(new, batch, args.ent_coef) - objective(old, batch, args.ent_coef)).item()
-        assert kl <= args.target_kl * (1 + 1e-9)
+        kl = kl_divergence(old, new).mean().item()
+        assert kl <= delta * (1 + 1e-9)
         assert stats["kl"].item() == pytest.approx(kl, rel=1e-6, abs=1e-12)
-        noise = 1e-12 * (1 + batch[3].abs().max().item())
-        assert stats["surrogate_gain"].item() == pytest.approx(gain, rel=1e-6, abs=noise)
-        promised = args.accept_ratio * args.backtrack_coeff ** int(stats["backtracks"]) * stats["expected_gain"]
+        if args.sampled_kl:
+            assert sampled_kl(joint_logratio + logratio) <= m * delta * (1 + 1e-9)
+        gain = objective(new, batch, args.ent_coef) - objective(old, batch, args.ent_coef)
+        noise = 1e-12 * (1 + M.abs().max().item())
+        assert stats["surrogate_gain"].item() == pytest.approx(gain.item(), rel=1e-6, abs=noise)
+        assert stats["surrogate_gain"] > 0
+        scale = args.backtrack_coeff ** stats["backtracks"]
+        promised = args.accept_ratio * scale * stats["expected_gain"]
         assert promised > 0
-        assert gain >= promised * (1 - 1e-6) - noise
+        assert gain.item() >= promised * (1 - 1e-6) - noise
     assert min(outcomes.values()) > 60
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rejected_step_changes_nothing(dtype):
-    """Asked for more gain than there can be: parameters bit-identical; KL and gain of what was kept, which are 0."""
+    """Asked for more gain than there can be: parameters bit-identical, and what was kept is reported.
+
+    `logprobs` are older than the parameters, as with shared ones: the log-ratio is that of both.
+    """
     actor = make_actor(0).to(dtype)
-    batch = [x.to(dtype) for x in make_batch(make_actor(0), 0)]
-    old = flatten(actor)
-    stats = hatrpo.trpo_step(actor, *batch, [], 0.01, make_args(accept_ratio=1e6))
-    assert torch.equal(actor.theta, old) and actor.theta.dtype == dtype
-    assert (stats["accepted"], stats["kl"], stats["surrogate_gain"], stats["backtracks"]) == (0, 0, 0, 10)
+    batch = Batch(*(x.to(dtype) for x in make_batch(make_actor(0), 0)))
+    offset = torch.linspace(-0.1, 0.1, 16, dtype=dtype)
+    batch = batch._replace(logprobs=batch.logprobs - offset)
+    old = theta_of(actor)
+    args = make_args(accept_ratio=1e6)
+    logratio, stats = hatrpo.trpo_step(actor, *batch, torch.zeros(16, dtype=dtype), 1, 0.01, args)
+    assert torch.equal(theta_of(actor), old)
+    assert theta_of(actor).dtype == dtype
+    torch.testing.assert_close(logratio, offset, rtol=0, atol=1e-5)
+    assert not logratio.requires_grad
+    assert stats["accepted"] == 0
+    assert stats["kl"] == 0
+    assert stats["surrogate_gain"] == 0
+    assert stats["backtracks"] == 10
     assert stats["expected_gain"] > 0
 
 
-def test_zero_M_makes_no_nan():
-    """Nothing to gain: no step, and every logged number is finite."""
-    actor = make_actor(0)
-    obs, actions, logprobs, _ = make_batch(actor, 0)
-    old = flatten(actor)
-    stats = hatrpo.trpo_step(actor, obs, actions, logprobs, torch.zeros(len(obs)), [], 0.01, make_args())
-    assert torch.equal(flatten(actor), old)
-    assert all(torch.isfinite(value) for value in stats.values())
+@pytest.mark.parametrize("kind", [hatrpo.Actor, Discrete])
+def test_without_advantages_no_step_is_accepted(kind):
+    """Nothing to gain: no step, `accepted` is 0, and every logged number is finite."""
+    actor = make_actor(0, kind)
+    batch = make_batch(actor, 0)
+    batch = batch._replace(M=torch.zeros(16))
+    old = theta_of(actor)
+    logratio, stats = hatrpo.trpo_step(actor, *batch, torch.zeros(16), 1, 0.01, make_args())
+    assert torch.equal(theta_of(actor), old)
+    assert (logratio == 0).all()
+    assert all(math.isfinite(float(value)) for value in stats.values())
+    assert stats["accepted"] == 0
+    assert stats["kl"] == 0
+    assert stats["surrogate_gain"] == 0
+    assert stats["expected_gain"] == 0
+    assert stats["grad_norm"] == 0
+
+    log = hatrpo.hatrpo_update(
+        [actor, actor], [batch.obs] * 2, [batch.actions] * 2, torch.zeros(16), make_args()
+    )
+    assert torch.equal(theta_of(actor), old)
+    assert log["agent_0/accepted"] == log["agent_1/accepted"] == 0
+    assert log["losses/M_std"] == 0
+    assert log["losses/joint_kl"] == 0
