@@ -76,7 +76,7 @@ class Policy:
 
     @torch.inference_mode()
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Flat observations [B, obs_dim] to the likeliest actions in [-1, 1], float32 [B, act_dim]."""
+        """Flat observations [B, obs_dim] to the likeliest flat actions, float32 [B, act_dim]."""
         obs = (torch.as_tensor(obs, dtype=self.dtype) - self.mean) / self.std
         obs = obs.clamp(-10, 10).float()
         # A shared actor's obs_ids point to these two constants, for padding and the one-hot agent id.
@@ -86,7 +86,7 @@ class Policy:
             actions[:, act_ids] = net(obs[:, obs_ids])
         if self.tanh:
             actions = actions.tanh()
-        return actions.clamp(-1, 1).numpy()
+        return actions.numpy()
 
 
 def make_net(state: dict[str, torch.Tensor], prefix: str) -> nn.Sequential:

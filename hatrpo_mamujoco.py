@@ -137,7 +137,7 @@ def mlp(sizes: Sequence[int], output_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """Gaussian policy of one agent; its standard deviations do not depend on the observation.
 
-    The script only uses the distribution that `forward` returns: another policy is another forward.
+    Another policy is another `forward`, such as one that returns Independent(Categorical(...), 1).
     """
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args) -> None:
@@ -188,10 +188,11 @@ def approx_kl(logratio: Tensor) -> Tensor:
     return (logratio.exp() - 1 - logratio).mean()
 
 
-def flat_gradient(output: Tensor, actor: nn.Module, create_graph: bool = False) -> Tensor:
+def flat_gradient(output: Tensor, actor: nn.Module, **options: bool) -> Tensor:
     """The gradient of a scalar in the actor's parameters, as one vector [P]; the graph is kept."""
     inputs = list(actor.parameters())
-    gradients = torch.autograd.grad(output, inputs, retain_graph=True, create_graph=create_graph)
+    options |= {"retain_graph": True, "materialize_grads": True}  # 0 where a parameter is not used
+    gradients = torch.autograd.grad(output, inputs, **options)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -310,7 +311,7 @@ def hatrpo_update(
 
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
     `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged: of
-    each agent on the whole batch after its update, the last M's standard deviation, the joint KL.
+    each agent's update, the standard deviation of the last M, and the joint KL on the batch.
     """
     num_agents = len(actors)
     with torch.no_grad():  # before the first update: with shared parameters it changes every agent
@@ -424,12 +425,13 @@ class NormalizedEnv:
         return torch.tensor(np.clip(obs, -10, 10), dtype=torch.float32)
 
     def scale(self, actions: Tensor) -> np.ndarray:
-        """Clip actions [..., act_dim] to [-1, 1] and scale them to the range of the actuators."""
+        """Scale actions [..., act_dim] from [-1, 1] to the range of the actuators; clip them to it."""
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
-        actions = actions.clamp(-1, 1).numpy()
-        actions = (low + high) / 2 + (high - low) / 2 * actions
-        return np.clip(actions, low, high)  # rounding may leave a range like (-0.2, 1)
+        actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
+        return np.clip(
+            actions, low, high
+        )  # after scaling: rounding can leave a range like (-0.2, 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.

@@ -125,7 +125,7 @@ def mlp(sizes: Sequence[int], output_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """Gaussian policy of one agent; its standard deviations do not depend on the observation.
 
-    The script only uses the distribution that `forward` returns: another policy is another forward.
+    Another policy is another `forward`, such as one that returns Independent(Categorical(...), 1).
     """
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args) -> None:
@@ -327,12 +327,13 @@ class NormalizedEnv:
         return torch.tensor(np.clip(obs, -10, 10), dtype=torch.float32)
 
     def scale(self, actions: Tensor) -> np.ndarray:
-        """Clip actions [..., act_dim] to [-1, 1] and scale them to the range of the actuators."""
+        """Scale actions [..., act_dim] from [-1, 1] to the range of the actuators; clip them to it."""
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
-        actions = actions.clamp(-1, 1).numpy()
-        actions = (low + high) / 2 + (high - low) / 2 * actions
-        return np.clip(actions, low, high)  # rounding may leave a range like (-0.2, 1)
+        actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
+        return np.clip(
+            actions, low, high
+        )  # after scaling: rounding can leave a range like (-0.2, 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.

@@ -336,12 +336,13 @@ class NormalizedEnv:
         return ((obs - mean) / std).clamp(-10, 10)
 
     def scale(self, actions: Tensor) -> np.ndarray:
-        """Clip actions [..., act_dim] to [-1, 1] and scale them to the range of the actuators."""
+        """Scale actions [..., act_dim] from [-1, 1] to the range of the actuators; clip them to it."""
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
-        actions = actions.clamp(-1, 1).numpy()
-        actions = (low + high) / 2 + (high - low) / 2 * actions
-        return np.clip(actions, low, high)  # rounding may leave a range like (-0.2, 1)
+        actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
+        return np.clip(
+            actions, low, high
+        )  # after scaling: rounding can leave a range like (-0.2, 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.

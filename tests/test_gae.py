@@ -263,6 +263,7 @@ def test_without_saved_simulations_new_episodes_start_with_the_restored_statisti
     assert any(vec.ends[-1] == 0)  # an episode is under way, which must not go on
     new_vec = TapeVec(num_steps=20, seed=1)
     new_env = make_env(any_script, new_vec)
+    new_vec.obs[0] += 1  # the next episodes begin otherwise
     state = env.state_dict()
     assert state["vec"] is None
     new_env.load_state_dict(state)

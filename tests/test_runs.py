@@ -378,6 +378,15 @@ def test_annealing_follows_the_total_in_force(tmp_path: Path):
 # Stopping
 
 
+def stopped_with(capsys: pytest.CaptureFixture, script: Path, *flags: object) -> str:
+    """Run a command line that Ctrl-C stops; return what it says of that."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command_line(script, *flags)
+    assert stop.value.code == 130
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_ctrl_c_before_the_first_checkpoint(
     name: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
@@ -387,15 +396,6 @@ def test_ctrl_c_before_the_first_checkpoint(
     error = stopped_with(capsys, ROOT / f"{name}.py", *TINY, "--run-dir", tmp_path / "run")
     assert error == "stopped; nothing was saved\n"
     assert not list(tmp_path.rglob("*.pt"))
-
-
-def stopped_with(capsys: pytest.CaptureFixture, script: Path, *flags: object) -> str:
-    """Run a command line that Ctrl-C stops; return what it says of that."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command_line(script, *flags)
-    assert stop.value.code == 130
-    return capsys.readouterr().err
 
 
 def test_ctrl_c_after_a_checkpoint_names_what_works(
@@ -435,9 +435,9 @@ def test_ctrl_c_in_a_process(tmp_path: Path):
     assert points == list(range(ITERATION, step + 2 * ITERATION, ITERATION))
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_not_end_the_run(redirection: str, finished: Path, tmp_path: Path):
-    """Without an output, an error output or an input the run is the same: state, model and log."""
+    """Without an output, without an error output, without both and input: the same state and log."""
     flags = [*TINY, "--total-timesteps", 4 * ITERATION, "--run-dir", tmp_path / "run"]
     flags += ["--checkpoint-interval", 2 * ITERATION, "--eval-episodes", 3, "--eval-interval", 1]
     command = shlex.join([sys.executable, str(HAPPO), *map(str, flags)])

@@ -155,7 +155,7 @@ def test_log_and_model(script: ModuleType, tmp_path: Path, capsys: pytest.Captur
     if "hatrpo" not in script.__name__:
         tags |= {"charts/learning_rate"}
     if script.__name__.startswith("ha"):
-        tags |= {"losses/M_std"}
+        tags |= {"losses/M_std", "losses/joint_kl"}
     assert {tag for tag in scalars if not tag.startswith("agent_")} == tags
     for agent in (0, 1):
         agent_tags = SIBLINGS[script.__name__.split("_")[0]].tags

@@ -1,6 +1,7 @@
 """The speed benchmark: who takes turns with whom, what a turn counts, the ratios, the limit, the load, the records."""
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -195,6 +196,17 @@ def test_limit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     assert harl == ["hatrpo, HARL's settings", *shown]
     settings = [args.flags(), [*args.flags(), *throughput.HARL["hatrpo"].split()]]
     assert run == counted == [("hatrpo", flags) for flags in settings]
+
+
+@pytest.mark.parametrize("algorithm", throughput.HARL)
+def test_settings_are_understood(algorithm: str):
+    """HARL's settings are flags that the script has."""
+    script = importlib.import_module(f"{algorithm}_mamujoco")
+    flags = Args(num_threads=1).flags(throughput.HARL[algorithm])
+    args = tyro.cli(script.Args, args=flags)
+    assert (args.env_id, args.total_timesteps) == ("HalfCheetah-6x1", 60_000)
+    assert (args.eval_episodes, args.num_threads, args.seed) == (0, 1, 1)
+    assert args.hidden_sizes in {(128, 128, 128), (256, 256)}
 
 
 def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

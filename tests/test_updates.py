@@ -1041,3 +1041,33 @@ def test_critic_update_is_least_squares(script, num_minibatches, max_grad_norm):
     assert_equal([critic], [theta.detach()])
     assert loss.item() == pytest.approx(half_mse(slice(None)).item(), rel=1e-9)
     assert not loss.requires_grad
+
+
+# Another forward
+
+
+def test_another_forward_is_another_policy(script):
+    """An Actor with another `forward`, which leaves `log_std` unused, moves as the same network alone."""
+
+    class DiscreteActor(script.Actor):
+        def forward(self, obs):
+            return Categorical(logits=self.net(obs))
+
+    args = make_args(script)
+    problem = Problem(script, CATEGORICALS)
+    before = [theta_of(actor) for actor in problem.actors]
+    others = []
+    for agent, actor in zip(CATEGORICALS, problem.actors):
+        other = DiscreteActor(agent.obs_dim, agent.act_dim, args)
+        sizes = (agent.obs_dim, *HIDDEN, agent.act_dim)
+        other.net = script.mlp(sizes, 0.01)
+        other.net.load_state_dict(actor.net.state_dict())
+        others.append(other)
+    problem.update(args)
+    expected = [theta_of(actor) for actor in problem.actors]
+    problem.actors = others
+    problem.update(args)
+    for old, new, other in zip(before, expected, others):
+        assert not torch.equal(old, new)
+        torch.testing.assert_close(theta_of(other.net), new, rtol=0, atol=1e-6)
+        assert (other.log_std == args.log_std_init).all()
