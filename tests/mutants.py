@@ -208,6 +208,7 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("the critic's targets are the advantages", CENTRAL, "b_returns = returns.flatten()", "b_returns = advantages.flatten()"),
         ("an agent's actions of the first actuators", ON_POLICY, "[actions.flatten(0, 1)[:, ids] for ids in policy.act_ids]", "[actions.flatten(0, 1)[:, : len(ids)] for ids in policy.act_ids]"),
         ("the rollout plays without noise", ON_POLICY, "policy.act(env.obs, noise=True)", "policy.act(env.obs, noise=False)"),
+        ("--eval-episodes 0 evaluates", ON_POLICY, "            if args.eval_episodes:\n", "            if True:\n"),
     ],
     "policy": [
         ("log_std taken for the log of the variance", ON_POLICY, "self.log_std.exp(), validate", "(self.log_std / 2).exp(), validate"),
@@ -268,7 +269,6 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     ],
     "runs: evaluation": [
         ("evaluation in the training's environments", ON_POLICY, "log |= evaluate(eval_vec, ", "log |= evaluate(vec, "),
-        ("evaluation from other start states every time", ON_POLICY, "policy.cpu(), eval_seed)", "policy.cpu(), global_step)"),
         ("episodes after the first count in the evaluation", ON_POLICY, "returns += running * rewards", "returns += rewards"),
         ("lengths after the first episode count in the evaluation", ON_POLICY, "lengths += running", "lengths += 1"),
     ],
@@ -282,8 +282,6 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     ],
     "runs: killed_run or resumed_run_is": [
         ("no checkpoint but the last", ON_POLICY, "if last or global_step % args.checkpoint_interval < batch_size:", "if last:"),
-        ("no checkpoint at the end", ON_POLICY, "if last or global_step % args.checkpoint_interval < batch_size:", "if global_step % args.checkpoint_interval < batch_size:"),
-        ("no evaluation at the end", ON_POLICY, "if last or global_step % args.eval_interval < batch_size:", "if global_step % args.eval_interval < batch_size:"),
     ],
     "runs: flags_beside or in_a_shell": [
         ("flags beside --resume ignored", ON_POLICY, "args = tyro.cli(Args, description=__doc__, default=default)", "args = default"),
@@ -344,9 +342,10 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     ],
     "scripts: first_standard or log_and_model": [
         ("--log-std-init ignored", ON_POLICY, "torch.full((act_dim,), args.log_std_init)", "torch.full((act_dim,), -1.0)"),
+        ("no checkpoint at the end", ON_POLICY, "if last or global_step % args.checkpoint_interval < batch_size:", "if global_step % args.checkpoint_interval < batch_size:"),
+        ("no evaluation at the end", ON_POLICY, "if last or global_step % args.eval_interval < batch_size:", "if global_step % args.eval_interval < batch_size:"),
         ("explained variance is the unexplained", ON_POLICY, "= 1 - unexplained", "= unexplained"),
         ("episodes logged again and again", ON_POLICY, "            env.finished.clear()\n", ""),
-        ("--eval-episodes 0 evaluates", ON_POLICY, "            if args.eval_episodes:\n", "            if True:\n"),
     ],
     "device: everything_is_on": [
         ("actors stay on the CPU", ON_POLICY, "        policy.to(device)\n", ""),
@@ -426,6 +425,7 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("actions on the first actuators", EVALUATE, "actions[:, act_ids] = net(", "actions[:, range(len(act_ids))] = net("),
         ("actions out of an actuator's range", EVALUATE, "vec.step(np.clip(actions, low, high))", "vec.step(actions)"),
         ("other start states than the script's", EVALUATE, "vec.reset(seed=eval_seed)", "vec.reset(seed=seed)"),
+        ("evaluation from other start states every time", ON_POLICY, "policy.cpu(), eval_seed)", "policy.cpu(), global_step)"),
         ("episodes after the first count in the score", EVALUATE, "returns += running * rewards", "returns += rewards"),
         ("another robot's model accepted", EVALUATE, "if vec.single_observation_space.shape != policy.mean.shape or act_ids != policy.act_ids:", "if vec.single_observation_space.shape != policy.mean.shape:"),
     ],

@@ -204,8 +204,8 @@ def test_trained_models_have_their_recorded_score(
 
 
 @pytest.mark.parametrize("tanh", [False, True])
-def test_actions_stay_in_range(model: dict, tanh: bool):
-    """Networks whose outputs are 3 and -5: actions 1 and -1, and their hyperbolic tangents for MADDPG."""
+def test_actions_are_the_networks_outputs(model: dict, tanh: bool):
+    """Networks whose outputs are 3 and -5: these actions, and their hyperbolic tangents for MADDPG."""
     policy = {name: torch.zeros_like(tensor) for name, tensor in model["policy"].items()}
     policy["actors.0.net.4.bias"] += 3
     policy["actors.1.net.4.bias"] -= 5
@@ -213,7 +213,7 @@ def test_actions_stay_in_range(model: dict, tanh: bool):
     if tanh:
         del args["log_std_init"]  # MADDPG has none
     actions = evaluate.Policy(model | {"policy": policy, "args": args})(np.zeros((2, 10)))
-    np.testing.assert_allclose(actions, [np.tanh([3, -5]) if tanh else [1, -1]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(actions, [np.tanh([3, -5]) if tanh else [3, -5]] * 2, rtol=1e-6)
     assert actions.dtype == np.float32
 
 
