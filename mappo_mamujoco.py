@@ -331,9 +331,7 @@ class NormalizedEnv:
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
-        return np.clip(
-            actions, low, high
-        )  # after scaling: rounding can leave a range like (-0.2, 1)
+        return np.clip(actions, low, high)  # rounding can leave a range like (-0.2, 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
@@ -427,16 +425,16 @@ def parse_args() -> tuple[Args, dict | None]:
         try:
             path = Path(args.resume, "checkpoint.pt")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            script, saved = checkpoint["script"], checkpoint["args"]
+            if checkpoint["script"] != SCRIPT:
+                fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
+            same_run = {"run_dir": args.resume, "resume": args.resume}
+            default = Args(**checkpoint["args"] | same_run)
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
-        if script != SCRIPT:
-            fail(f"--resume {args.resume}: {script}.py made it, use that")
-        default = Args(**saved | {"run_dir": args.resume, "resume": args.resume})
         args = tyro.cli(Args, description=__doc__, default=default)
         for name in KEPT:
-            if getattr(args, name) != saved[name]:
-                fail(f"--resume {args.resume}: {name} must stay {saved[name]}")
+            if getattr(args, name) != getattr(default, name):
+                fail(f"--resume {args.resume}: {name} must stay {getattr(default, name)}")
     if not args.run_dir:
         args.run_dir = f"runs/{args.env_id}__{SCRIPT}__{args.seed}__{time.time():.3f}"
     return args, checkpoint

@@ -20,7 +20,19 @@ import pytest
 import torch
 from conftest import SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import HAPPO, ROOT, SMALL, TINY, command_line, error_of, model_of, run, train
+from test_scripts import (
+    HAPPO,
+    ROOT,
+    SMALL,
+    TINY,
+    command_line,
+    error_of,
+    model_of,
+    run,
+    same,
+    train,
+    words,
+)
 
 import envs
 
@@ -56,8 +68,8 @@ def differences(a: object, b: object, path: str = "") -> list[str]:
     elif isinstance(a, list) and len(a) == len(b):
         pairs = [(i, a[i], b[i]) for i in range(len(a))]
     else:
-        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        return [] if same else [path]
+        equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        return [] if equal else [path]
     found = []
     for key, x, y in pairs:
         found += differences(x, y, f"{path}/{key}")
@@ -161,6 +173,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     torch.rand(7)  # what is drawn between the parts makes no difference
     resume(script, tmp_path / "parts", total_timesteps=6 * ITERATION)
     assert differences(newest(tmp_path / "whole"), newest(tmp_path / "parts")) == []
+    assert same(model_of(tmp_path / "whole"), model_of(tmp_path / "parts"))
     whole = scalars(tmp_path / "whole")
     parts = scalars(tmp_path / "parts")
     assert [step for step, _ in whole["losses/value_loss"]] == list(range(128, 769, 128))
@@ -324,7 +337,7 @@ def test_what_cannot_go_on_is_refused(
     monkeypatch.chdir(ROOT)
     before = {file: file.read_bytes() for file in copied.iterdir()}
     error = error_of(capsys, 2, HAPPO, "--resume", copied, "--total-timesteps", 9999, *flags)
-    assert message in " ".join(error.replace("│", " ").split())
+    assert message in words(error)
     assert {file: file.read_bytes() for file in copied.iterdir()} == before
 
 
@@ -435,11 +448,21 @@ def test_ctrl_c_in_a_process(tmp_path: Path):
     assert points == list(range(ITERATION, step + 2 * ITERATION, ITERATION))
 
 
+@pytest.mark.parametrize("args", [{"removed_flag": 1}, 7])
+def test_arguments_of_another_version_are_refused(
+    args: object, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """A checkpoint of this script, with arguments that it does not know."""
+    torch.save({"script": "happo_mamujoco", "args": args}, tmp_path / "checkpoint.pt")
+    error = error_of(capsys, 2, HAPPO, "--resume", tmp_path)
+    assert f"error: --resume {tmp_path}: " in error
+
+
 @pytest.mark.parametrize("redirection", [">&-", "<&- >&-"])
 def test_closed_streams_do_not_end_the_run(redirection: str, finished: Path, tmp_path: Path):
     """Without an output, without output and input: the same state and log.
 
-    Without an error output Gymnasium's import of glfw fails before a script's first line.
+    Without an error output the import of glfw, which Gymnasium needs, fails before a script begins.
     """
     flags = [*TINY, "--total-timesteps", 4 * ITERATION, "--run-dir", tmp_path / "run"]
     flags += ["--checkpoint-interval", 2 * ITERATION, "--eval-episodes", 3, "--eval-interval", 1]
@@ -494,6 +517,7 @@ def test_evaluation_counts_the_first_episode_of_each_environment(script: ModuleT
 
     def step(actions: np.ndarray) -> tuple:
         t[0] += 1
+        assert t[0] <= 7  # all have ended by then
         rewards = t[0] * np.ones(3)
         ends = t[0] % lengths == 0
         # The second environment ends by truncation, the others by termination.
@@ -643,8 +667,8 @@ def test_wandb_gets_the_same_offline(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     (first,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = first.read_bytes()
-    for words in (b"episodic_return", b"value_loss", b"Reacher-2x1", b"clip_coef"):
-        assert words in content
+    for name in (b"episodic_return", b"value_loss", b"Reacher-2x1", b"clip_coef"):
+        assert name in content
     run_id = newest(run_dir)["args"]["wandb_run_id"]
     assert first.name == f"run-{run_id}.wandb"
     done = run(HAPPO, "--resume", run_dir, "--total-timesteps", 384, **options)
@@ -773,6 +797,7 @@ def test_diverged_simulation_is_counted(script: ModuleType, tmp_path: Path, monk
         return vec
 
     monkeypatch.setattr(envs, "make_vec", unstable)
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log of it
     train(script, tmp_path / "run", env_id="HalfCheetah-6x1")
     diverged = scalars(tmp_path / "run")["charts/num_diverged"]
     assert diverged == [(ITERATION, 1.0), (2 * ITERATION, 1.0)]
