@@ -33,12 +33,8 @@ from envs.partition import actuated_joints
 from envs.tasks import MujocoVectorEnv
 
 GL_BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
-SIZE, GIF_SIZE, GIF_FPS, GIF_FRAMES = (
-    480,
-    240,
-    20,
-    60,
-)  # pixels of mp4 and GIF; the GIF is small, for a README
+SIZE = 480  # pixels of the mp4
+GIF_SIZE, GIF_FPS, GIF_FRAMES = 240, 20, 60  # the GIF is small, for a README
 
 
 @dataclass
@@ -83,7 +79,7 @@ class Policy:
         obs = torch.cat([obs, torch.tensor([0.0, 1.0]).expand(len(obs), 2)], dim=1)
         actions = torch.zeros(len(obs), sum(map(len, self.act_ids)))
         for net, obs_ids, act_ids in zip(self.nets, self.obs_ids, self.act_ids):
-            actions[:, act_ids] = net(obs[:, obs_ids])
+            actions.index_copy_(1, torch.tensor(act_ids), net(obs[:, obs_ids]))  # no broadcast
         if self.tanh:
             actions = actions.tanh()
         return actions.numpy()
@@ -135,10 +131,8 @@ def paint(model: mujoco.MjModel, partition: envs.Partition) -> np.ndarray:
     of its own.
     """
     hues = np.arange(partition.num_agents) / partition.num_agents  # as far apart as can be
-    colors, agents_of = (
-        np.array([colorsys.hsv_to_rgb(hue, 0.85, 0.95) for hue in hues]),
-        defaultdict(list),
-    )
+    colors = np.array([colorsys.hsv_to_rgb(hue, 0.85, 0.95) for hue in hues])
+    agents_of = defaultdict(list)  # by body
     for agent, actuators in enumerate(partition.act_ids):
         for body in model.jnt_bodyid[actuated_joints(model)[actuators]]:
             agents_of[body].append(agent)

@@ -285,10 +285,10 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     ],
     "runs: flags_beside or in_a_shell": [
         ("flags beside --resume ignored", ON_POLICY, "args = tyro.cli(Args, description=__doc__, default=default)", "args = default"),
-        ("a moved run goes on where it was", ON_POLICY, 'saved | {"run_dir": args.resume, "resume": args.resume}', 'saved | {"resume": args.resume}'),
+        ("a moved run goes on where it was", ON_POLICY, '{"run_dir": args.resume, "resume": args.resume}', '{"resume": args.resume}'),
     ],
     "runs: another_script or cannot_go_on or equal_sizes": [
-        ("another script's checkpoint accepted", ON_POLICY, "if script != SCRIPT:", "if False:"),
+        ("another script's checkpoint accepted", ON_POLICY, 'if checkpoint["script"] != SCRIPT:', "if False:"),
         ("nothing compared by --resume", ON_POLICY, "for name in KEPT:", "for name in ():"),
         ("env_id not compared by --resume", ON_POLICY, 'KEPT = ("env_id", ', "KEPT = ("),
         ("agent_obsk not compared by --resume", ON_POLICY, '"env_id", "agent_obsk", "num_envs"', '"env_id", "num_envs"'),
@@ -422,7 +422,7 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("every actor with a tanh", EVALUATE, "        if self.tanh:\n", "        if True:\n"),
         ("normalised in the wrong precision", EVALUATE, "torch.float32 if self.tanh else torch.float64", "torch.float32"),
         ("zero and one swapped", EVALUATE, "torch.tensor([0.0, 1.0])", "torch.tensor([1.0, 0.0])"),
-        ("actions on the first actuators", EVALUATE, "actions[:, act_ids] = net(", "actions[:, range(len(act_ids))] = net("),
+        ("actions on the first actuators", EVALUATE, "torch.tensor(act_ids), net(", "torch.arange(len(act_ids)), net("),
         ("actions out of an actuator's range", EVALUATE, "vec.step(np.clip(actions, low, high))", "vec.step(actions)"),
         ("other start states than the script's", EVALUATE, "vec.reset(seed=eval_seed)", "vec.reset(seed=seed)"),
         ("evaluation from other start states every time", ON_POLICY, "policy.cpu(), eval_seed)", "policy.cpu(), global_step)"),
