@@ -448,11 +448,11 @@ def test_ctrl_c_in_a_process(tmp_path: Path):
     assert points == list(range(ITERATION, step + 2 * ITERATION, ITERATION))
 
 
-@pytest.mark.parametrize("args", [{"removed_flag": 1}, 7])
+@pytest.mark.parametrize("args", [{"num_envs": "many"}, 7])
 def test_arguments_of_another_version_are_refused(
     args: object, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """A checkpoint of this script, with arguments that it does not know."""
+    """A checkpoint of this script, with arguments that it cannot take."""
     torch.save({"script": "happo_mamujoco", "args": args}, tmp_path / "checkpoint.pt")
     error = error_of(capsys, 2, HAPPO, "--resume", tmp_path)
     assert f"error: --resume {tmp_path}: " in error
