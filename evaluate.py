@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NoReturn
+from zipfile import ZipFile
 
 import imageio
 import mujoco
@@ -51,6 +52,8 @@ class Args:
     """film one of the episodes: VIDEO.mp4, and its first seconds as VIDEO.gif (needs EGL or OSMesa)"""
     num_threads: NonNegativeInt = 0
     """CPU threads of the physics; 0 is one per core"""
+    allow_import: bool = False
+    """import the module that the model's env_id names; only for models that you trust"""
 
 
 class Policy:
@@ -58,6 +61,8 @@ class Policy:
 
     def __init__(self, model: dict[str, Any]) -> None:
         """Take what a script saved; raises whatever another file leads to."""
+        if not all(tensor.isfinite().all() for tensor in model["policy"].values()):
+            raise ValueError("a parameter is not finite")
         self.obs_ids = [torch.tensor(ids) for ids in model["obs_ids"]]
         self.act_ids = model["act_ids"]
         self.nets = [
@@ -68,6 +73,8 @@ class Policy:
         mean, var, _ = model["obs_rms"]
         self.mean = torch.tensor(mean, dtype=self.dtype)
         self.std = torch.tensor(np.sqrt(np.array(var) + 1e-8), dtype=self.dtype)
+        if not (self.mean.isfinite().all() and self.std.isfinite().all()):
+            raise ValueError("the statistics of the observations are not finite")
         self(np.zeros((1, len(mean))))  # check that the shapes fit
 
     @torch.inference_mode()
@@ -88,6 +95,8 @@ class Policy:
 def make_net(state: dict[str, torch.Tensor], prefix: str) -> nn.Sequential:
     """Build the network whose layers are `<prefix>0.weight`, `<prefix>0.bias`, `<prefix>2.weight`..."""
     tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    if not tensors:
+        raise ValueError(f"there is no {prefix}")
     layers: list[nn.Module] = []
     for name, weight in tensors.items():
         if name.endswith("weight"):
@@ -147,7 +156,8 @@ def paint(model: mujoco.MjModel, partition: envs.Partition) -> np.ndarray:
 
 def find_gl_backend() -> str:
     """What can draw without a display here: MUJOCO_GL if set, else EGL or OSMesa. Raises RuntimeError if none can."""
-    names = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else GL_BACKENDS
+    wanted = os.environ.get("MUJOCO_GL")  # also empty
+    names = [wanted] if wanted else GL_BACKENDS
     for name in names:
         # In a process of its own: a failed attempt leaves OpenGL half loaded.
         program = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
@@ -259,6 +269,8 @@ def load_model(path: Path) -> dict[str, Any]:
     """Read a model; of a run's directory the checkpoint, which is never older than model.pt."""
     if path.is_dir():
         path = path / ("checkpoint.pt" if (path / "checkpoint.pt").exists() else "model.pt")
+    if ZipFile(path).testzip():
+        raise ValueError("it is damaged: a checksum is wrong")
     # mmap: a checkpoint may hold a large replay buffer. weights_only: no code in the file is run.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -268,9 +280,13 @@ def main(args: Args) -> None:
     file = args.path
     try:
         model = load_model(file)
-        env_id, policy = model["args"]["env_id"], Policy(model)
+        env_id = str(model["args"]["env_id"])
+        policy = Policy(model)
     except Exception as e:  # torch.load raises whatever the bytes lead it to
-        fail(f"{file}: no model can be read there ({type(e).__name__})")
+        reason = str(e) if isinstance(e, ValueError) else type(e).__name__
+        fail(f"{file}: no model can be read there ({reason})")
+    if ":" in env_id and not args.allow_import:
+        fail(f"{file}: {env_id} imports a module; if you trust this file, add --allow-import")
     try:
         # The policy knows what the agents see: no agent_obsk.
         vec = envs.make_vec(env_id, args.episodes, num_threads=args.num_threads)

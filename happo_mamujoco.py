@@ -17,6 +17,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NoReturn
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, Positive
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, pad
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -36,6 +37,7 @@ import envs
 
 SCRIPT = Path(__file__).stem
 KEPT = ("env_id", "agent_obsk", "num_envs", "hidden_sizes", "share_param")  # by a resumed run
+MAX_EPISODE_STEPS = 100_000  # of an evaluation
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -57,6 +59,8 @@ class Args:
     """new directory for log, checkpoint and model; default: runs/<env id>__<script>__<seed>__<time>"""
     resume: str = ""
     """continue the run in this directory; flags that are not given keep that run's values"""
+    allow_import: bool = False
+    """beside --resume: import the module that the run's env_id names; only for runs that you trust"""
     checkpoint_interval: PositiveInt = 20_000
     """environment steps between checkpoints"""
     eval_interval: PositiveInt = 100_000
@@ -300,8 +304,8 @@ class Policy(nn.Module):
 
     def observe(self, obs: Tensor) -> list[Tensor]:
         """Flat observations [B, obs_dim] to what each agent sees, [B, obs_dim_i]."""
-        zero_one = torch.tensor([0.0, 1.0], device=obs.device)
-        obs = torch.cat([obs, zero_one.expand(len(obs), 2)], dim=1)
+        obs = pad(obs, (0, 1), value=0.0)
+        obs = pad(obs, (0, 1), value=1.0)
         return [obs[:, ids] for ids in self.obs_ids]
 
     @torch.inference_mode()
@@ -349,7 +353,7 @@ class NormalizedEnv:
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
         return np.clip(actions, low, high)  # rounding can leave a range like (-0.2, 1)
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
 
         `next_obs` [num_envs, obs_dim] is what the actions led to, `self.obs` is where to act next.
@@ -376,12 +380,11 @@ class NormalizedEnv:
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
-        state = {"obs": self.obs, "vec": None}
+        episodes = np.stack([self.discounted, self.returns, self.lengths])
+        state = {"obs": self.obs, "episodes": torch.tensor(episodes), "vec": None}
         for name in ("obs_rms", "return_rms"):
             rms = getattr(self, name)
             state[name] = [rms.mean.tolist(), rms.var.tolist(), float(rms.count)]
-        for name in ("discounted", "returns", "lengths"):
-            state[name] = getattr(self, name).tolist()
         if hasattr(self.vec, "get_state"):
             state["vec"] = self.vec.get_state()
         return state
@@ -392,14 +395,13 @@ class NormalizedEnv:
             rms = getattr(self, name)
             rms.mean, rms.var, rms.count = map(np.array, state[name])
         if state["vec"] is None:
-            print("this environment has no get_state: new episodes start here")
+            print("this environment's state cannot be saved: new episodes start here")
             obs, _ = self.vec.reset()
             self.obs = self.normalize(obs)
             return
         self.vec.set_state(state["vec"])
         self.obs = state["obs"]
-        for name in ("discounted", "returns", "lengths"):
-            setattr(self, name, np.array(state[name]))
+        self.discounted, self.returns, self.lengths = state["episodes"].numpy()
 
 
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
@@ -408,12 +410,14 @@ def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> d
     returns = np.zeros(vec.num_envs)
     lengths = np.zeros(vec.num_envs)
     running = np.ones(vec.num_envs, dtype=bool)
-    while running.any():
+    while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
         returns += running * rewards
         lengths += running
         running &= ~(terminations | truncations)
+    if running.any():
+        print(f"evaluation: {running.sum()} episodes were cut after {MAX_EPISODE_STEPS} steps")
     return {
         "eval/episodic_return": returns.mean(),
         "eval/episodic_return_std": returns.std(),
@@ -440,13 +444,16 @@ def parse_args() -> tuple[Args, dict | None]:
     if args.resume:
         try:
             path = Path(args.resume, "checkpoint.pt")
+            if ZipFile(path).testzip():
+                fail(f"--resume {args.resume}: checkpoint.pt is damaged, a checksum is wrong")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            same_run = {"run_dir": args.resume, "resume": args.resume}
-            default = Args(**checkpoint["args"] | same_run)
+            default = Args(**checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume})
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
+        if ":" in default.env_id and not args.allow_import:
+            fail(f"--resume {args.resume}: its env_id {default.env_id} needs --allow-import")
         args = tyro.cli(Args, description=__doc__, default=default)
         for name in KEPT:
             if getattr(args, name) != getattr(default, name):
@@ -458,8 +465,9 @@ def parse_args() -> tuple[Args, dict | None]:
 
 def save(state: dict, path: Path) -> None:
     """Write a file whole or not at all: after a kill the old one is still there."""
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
 
 
 @contextmanager
@@ -491,8 +499,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         fail(f"--total-timesteps {args.total_timesteps} must be at least {start_step + batch_size}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     # `vec` seeds its environments with train_seed, train_seed + 1, ...: runs must not overlap.
-    seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
-    torch_seed, train_seed, eval_seed = seeds
+    torch_seed, train_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     torch.manual_seed(torch_seed)
     try:
         vec = envs.make_vec(args.env_id, args.num_envs, args.agent_obsk, args.num_threads)
@@ -527,16 +534,15 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         "critic_optimizer": critic_optimizer,
     }
     if checkpoint:
-        for name, part in saved.items():
-            part.load_state_dict(checkpoint[name])
+        try:
+            for name, part in saved.items():
+                part.load_state_dict(checkpoint[name])
+        except Exception as e:
+            fail(f"--resume {args.resume}: {args.env_id} has changed ({type(e).__name__})")
         torch.set_rng_state(checkpoint["rng"])
 
     # Log
     run_dir = Path(args.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
-    except OSError as e:
-        fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
     if args.track:
         try:
             import wandb
@@ -549,16 +555,15 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
                 sync_tensorboard=True,
             )
         except Exception as e:  # wandb is missing, or nobody has logged in
-            if args.run_dir != args.resume:
-                run_dir.rmdir()
             fail(f"--track needs `pip install wandb` and `wandb login`: {e}")
         args.wandb_run_id = run.id
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
+    except OSError as e:
+        fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
     # The steps after the checkpoint are logged again: purge_step hides what was logged before.
     writer = SummaryWriter(run_dir, purge_step=start_step + 1)
-    print(
-        f"{run_dir}: from step {start_step} to {args.total_timesteps} on the {device.type}",
-        flush=True,
-    )
+    print(f"{run_dir}: from step {start_step} to {args.total_timesteps}, {device.type}", flush=True)
     start_time = time.time()
 
     steps = range(start_step + batch_size, args.total_timesteps + 1, batch_size)
@@ -613,14 +618,13 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if last or global_step % args.eval_interval < batch_size:
             if args.eval_episodes:
                 log |= evaluate(eval_vec, env, policy.cpu(), eval_seed)
-            shown = ("charts/episodic_return", "eval/episodic_return", "charts/SPS")
-            numbers = [f"{name} {log[name]:.1f}" for name in shown if name in log]
+            shown = [f"{name} {log[name]:.1f}" for name in log if "return" in name or "SPS" in name]
             with tqdm.external_write_mode():
-                print(f"step {global_step}", *numbers, flush=True)
+                print(f"step {global_step}", *shown, flush=True)
         for name, value in log.items():
             if not np.isfinite(float(value)):
                 sys.exit(f"error: {name} is {float(value)} at step {global_step}")
-            writer.add_scalar(name, float(value), global_step)
+            writer.add_scalar(name, value, global_step)
 
         # Checkpoint
         if last or global_step % args.checkpoint_interval < batch_size:
@@ -639,8 +643,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             save(model, run_dir / "model.pt")
 
     writer.close()
-    path = shlex.quote(args.run_dir)
-    print(f"finished; now: tensorboard --logdir {path}, or python evaluate.py {path}")
+    print(f"finished; now: python evaluate.py {shlex.quote(args.run_dir)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NoReturn
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ import envs
 
 SCRIPT = Path(__file__).stem
 KEPT = ("env_id", "agent_obsk", "num_envs", "hidden_sizes", "buffer_size")  # by a resumed run
+MAX_EPISODE_STEPS = 100_000  # of an evaluation
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -57,6 +59,8 @@ class Args:
     """new directory for log, checkpoint and model; default: runs/<env id>__<script>__<seed>__<time>"""
     resume: str = ""
     """continue the run in this directory; flags that are not given keep that run's values"""
+    allow_import: bool = False
+    """beside --resume: import the module that the run's env_id names; only for runs that you trust"""
     checkpoint_interval: PositiveInt = 200_000
     """environment steps between checkpoints, which hold the replay buffer"""
     eval_interval: PositiveInt = 100_000
@@ -342,7 +346,7 @@ class NormalizedEnv:
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
         return np.clip(actions, low, high)  # rounding can leave a range like (-0.2, 1)
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
 
         `next_obs` [num_envs, obs_dim] is what the actions led to, `self.obs` is where to act next.
@@ -366,11 +370,10 @@ class NormalizedEnv:
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
-        state = {"obs": self.obs, "vec": None}
+        episodes = np.stack([self.returns, self.lengths])
+        state = {"obs": self.obs, "episodes": torch.tensor(episodes), "vec": None}
         rms = self.obs_rms
         state["obs_rms"] = [rms.mean.tolist(), rms.var.tolist(), float(rms.count)]
-        for name in ("returns", "lengths"):
-            state[name] = getattr(self, name).tolist()
         if hasattr(self.vec, "get_state"):
             state["vec"] = self.vec.get_state()
         return state
@@ -380,14 +383,13 @@ class NormalizedEnv:
         rms = self.obs_rms
         rms.mean, rms.var, rms.count = map(np.array, state["obs_rms"])
         if state["vec"] is None:
-            print("this environment has no get_state: new episodes start here")
+            print("this environment's state cannot be saved: new episodes start here")
             obs, _ = self.vec.reset()
             self.obs = torch.tensor(obs, dtype=torch.float32)
             return
         self.vec.set_state(state["vec"])
         self.obs = state["obs"]
-        for name in ("returns", "lengths"):
-            setattr(self, name, np.array(state[name]))
+        self.returns, self.lengths = state["episodes"].numpy()
 
 
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
@@ -396,12 +398,14 @@ def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> d
     returns = np.zeros(vec.num_envs)
     lengths = np.zeros(vec.num_envs)
     running = np.ones(vec.num_envs, dtype=bool)
-    while running.any():
+    while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
         returns += running * rewards
         lengths += running
         running &= ~(terminations | truncations)
+    if running.any():
+        print(f"evaluation: {running.sum()} episodes were cut after {MAX_EPISODE_STEPS} steps")
     return {
         "eval/episodic_return": returns.mean(),
         "eval/episodic_return_std": returns.std(),
@@ -428,13 +432,16 @@ def parse_args() -> tuple[Args, dict | None]:
     if args.resume:
         try:
             path = Path(args.resume, "checkpoint.pt")
+            if ZipFile(path).testzip():
+                fail(f"--resume {args.resume}: checkpoint.pt is damaged, a checksum is wrong")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            same_run = {"run_dir": args.resume, "resume": args.resume}
-            default = Args(**checkpoint["args"] | same_run)
+            default = Args(**checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume})
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
+        if ":" in default.env_id and not args.allow_import:
+            fail(f"--resume {args.resume}: its env_id {default.env_id} needs --allow-import")
         args = tyro.cli(Args, description=__doc__, default=default)
         for name in KEPT:
             if getattr(args, name) != getattr(default, name):
@@ -446,8 +453,9 @@ def parse_args() -> tuple[Args, dict | None]:
 
 def save(state: dict, path: Path) -> None:
     """Write a file whole or not at all: after a kill the old one is still there."""
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
 
 
 @contextmanager
@@ -483,8 +491,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         fail(f"--buffer-size {args.buffer_size} must be at least {args.num_envs * args.n_step}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     # `vec` seeds its environments with train_seed, train_seed + 1, ...: runs must not overlap.
-    seeds = np.random.SeedSequence(args.seed).generate_state(3).tolist()
-    torch_seed, train_seed, eval_seed = seeds
+    torch_seed, train_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     torch.manual_seed(torch_seed)
     try:
         vec = envs.make_vec(args.env_id, args.num_envs, args.agent_obsk, args.num_threads)
@@ -510,7 +517,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         args.buffer_size // args.num_envs, args.num_envs, obs_dim, act_dim, device
     )
     megabytes = sum(tensor.nbytes for tensor in buffer.data.values()) / 2**20
-    print(f"replay buffer: {megabytes:.0f} MiB for {args.buffer_size} transitions", flush=True)
+    print(f"replay buffer: {megabytes:.0f} MiB for {args.buffer_size} transitions")
 
     # Resume
     saved = {
@@ -524,18 +531,17 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         "buffer": buffer,
     }
     if checkpoint:
-        for name, part in saved.items():
-            part.load_state_dict(checkpoint.pop(name))  # frees it: the buffer is large
+        try:
+            for name, part in saved.items():
+                part.load_state_dict(checkpoint.pop(name))  # frees it: the buffer is large
+        except Exception as e:
+            fail(f"--resume {args.resume}: {args.env_id} has changed ({type(e).__name__})")
         torch.set_rng_state(checkpoint["rng"])
     actor_optimizer.param_groups[0]["lr"] = args.learning_rate
     critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate
 
     # Log
     run_dir = Path(args.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
-    except OSError as e:
-        fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
     if args.track:
         try:
             import wandb
@@ -548,16 +554,15 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
                 sync_tensorboard=True,
             )
         except Exception as e:  # wandb is missing, or nobody has logged in
-            if args.run_dir != args.resume:
-                run_dir.rmdir()
             fail(f"--track needs `pip install wandb` and `wandb login`: {e}")
         args.wandb_run_id = run.id
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
+    except OSError as e:
+        fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
     # The steps after the checkpoint are logged again: purge_step hides what was logged before.
     writer = SummaryWriter(run_dir, purge_step=start_step + 1)
-    print(
-        f"{run_dir}: from step {start_step} to {args.total_timesteps} on the {device.type}",
-        flush=True,
-    )
+    print(f"{run_dir}: from step {start_step} to {args.total_timesteps}, {device.type}", flush=True)
     start_time = time.time()
 
     steps = range(start_step + iteration_steps, args.total_timesteps + 1, iteration_steps)
@@ -597,13 +602,12 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
                     next_values = target_critic(b_next_obs, target_policy(b_next_obs))
                     targets = b_returns + b_discounts * next_values
                 log |= critic_update(critic, critic_optimizer, b_obs, b_actions, targets)
-                agents_obs = policy.observe(b_obs)
                 log |= actor_update(
                     policy.actors,
                     actor_optimizer,
                     critic,
                     b_obs,
-                    agents_obs,
+                    policy.observe(b_obs),
                     b_actions,
                     policy.act_ids,
                 )
@@ -621,14 +625,13 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if last or global_step % args.eval_interval < iteration_steps:
             if args.eval_episodes:
                 log |= evaluate(eval_vec, env, policy, eval_seed)
-            shown = ("charts/episodic_return", "eval/episodic_return", "charts/SPS")
-            numbers = [f"{name} {log[name]:.1f}" for name in shown if name in log]
+            shown = [f"{name} {log[name]:.1f}" for name in log if "return" in name or "SPS" in name]
             with tqdm.external_write_mode():
-                print(f"step {global_step}", *numbers, flush=True)
+                print(f"step {global_step}", *shown, flush=True)
         for name, value in log.items():
             if not np.isfinite(float(value)):
                 sys.exit(f"error: {name} is {float(value)} at step {global_step}")
-            writer.add_scalar(name, float(value), global_step)
+            writer.add_scalar(name, value, global_step)
 
         # Checkpoint
         if last or global_step % args.checkpoint_interval < iteration_steps:
@@ -647,8 +650,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             save(model, run_dir / "model.pt")
 
     writer.close()
-    path = shlex.quote(args.run_dir)
-    print(f"finished; now: tensorboard --logdir {path}, or python evaluate.py {path}")
+    print(f"finished; now: python evaluate.py {shlex.quote(args.run_dir)}")
 
 
 if __name__ == "__main__":

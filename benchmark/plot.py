@@ -120,17 +120,35 @@ def read_log(run_dir: Path) -> dict[str, np.ndarray]:
     }
 
 
+def read_descriptions(path: Path) -> list[dict]:
+    """What `run.py` wrote of each start of a run; raises ValueError if a line is cut or there is none."""
+    try:
+        starts = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as e:
+        raise ValueError(f"{path} has a line that cannot be read: {e}") from None
+    if not starts or not all(isinstance(start, dict) for start in starts):
+        raise ValueError(f"{path} describes no start of a run")
+    return starts
+
+
 def record(runs: Directory, results: Directory) -> None:
     """Write the CSV and the description of each run in a directory; the records of other runs stay.
 
     Exits with a usage error if there are no runs.
     """
+    file = results / "runs.jsonl"
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        before = {json.loads(line)["run"]: line for line in lines}
+    except (KeyError, TypeError, ValueError):
+        usage_error(f"{file} has a line that describes no run")
     described = {}
     for path in sorted(runs.glob("*.jsonl")):
         run_dir = path.with_suffix("")
         try:
             if not RUN_NAME.fullmatch(run_dir.name):
                 raise ValueError(f"{run_dir} is not named <env id>__<algorithm>__<seed>")
+            starts = read_descriptions(path)
             columns = read_log(run_dir)
         except ValueError as e:
             print(f"left out: {e}", file=sys.stderr)
@@ -141,16 +159,25 @@ def record(runs: Directory, results: Directory) -> None:
             writer.writerow(COLUMNS)
             for step, *others in zip(*columns.values(), strict=True):
                 writer.writerow([f"{step:.0f}", *(f"{x:.6g}" for x in others)])
-        starts = [json.loads(line) for line in path.read_text().splitlines()]
         description = {"run": run_dir.name, "starts": len(starts)} | starts[-1]
         described[run_dir.name] = json.dumps(description)
     if not described:
         usage_error(f"{runs} has no runs with a log")
-    file = results / "runs.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    described = {json.loads(line)["run"]: line for line in lines} | described
+    described = before | described
     file.write_text("".join(line + "\n" for _, line in sorted(described.items())))
     print(f"{len(described)} runs are recorded in {results}")
+
+
+def read_record(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file that `record` wrote; raises ValueError for another file."""
+    with open(path, newline="") as f:
+        header, *rows = list(csv.reader(f)) or [[]]
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+    if not rows or any(len(row) != len(COLUMNS) for row in rows):
+        raise ValueError(f"it has no rows, or one without {len(COLUMNS)} numbers")
+    table = np.array(rows, dtype=float)
+    return dict(zip(COLUMNS, table.T, strict=True))
 
 
 def load(results: Path) -> dict[tuple[str, str], list[Run]]:
@@ -161,9 +188,10 @@ def load(results: Path) -> dict[tuple[str, str], list[Run]]:
         if not name:
             continue
         env_id, algorithm, seed = name.groups()
-        table = np.genfromtxt(path, delimiter=",", names=True)
-        columns = {column: np.atleast_1d(table[column]) for column in table.dtype.names}
-        run = Run(env_id, algorithm, int(seed), columns)
+        try:
+            run = Run(env_id, algorithm, int(seed), read_record(path))
+        except (OSError, ValueError) as e:
+            usage_error(f"{path} is no record of a run: {e}")
         groups.setdefault((env_id, algorithm), []).append(run)
     if not groups:
         usage_error(f"{results} has no recorded runs")
@@ -419,9 +447,9 @@ def difference(
 def compare(reference: Directory, mine: Directory) -> bool:
     """Print for each task and algorithm of both sets whether the final returns differ by more than the noise.
 
-    Returns whether some do. Welch's interval of the means decides (of three runs the interquartile mean is the same):
-    between twice three scores of one normal distribution it sees a difference in 3% of the cases, the bootstrap's
-    interval in 18%.
+    Returns whether some do, or nothing could be compared. Welch's interval of the means decides (of three runs the
+    interquartile mean is the same): between twice three scores of one normal distribution it sees a difference in 3% of
+    the cases, the bootstrap's interval in 18%.
     """
     a = load(reference)
     b = load(mine)
@@ -450,7 +478,9 @@ def compare(reference: Directory, mine: Directory) -> bool:
     if len(verdicts) > 1:
         by_chance = f"by chance alone about {0.05 * len(verdicts):.1f} would"
         print(f"{sum(verdicts)} of {len(verdicts)} differ; {by_chance}")
-    return any(verdicts)
+    if not verdicts:
+        print("nothing could be compared")
+    return any(verdicts) or not verdicts
 
 
 def main() -> None:

@@ -40,7 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts: they check their own flags
 # Arguments that may differ from those with which a run was begun.
 FREE = {"total_timesteps", "run_dir", "resume", "checkpoint_interval", "eval_interval"}
-FREE |= {"eval_episodes", "num_threads", "cuda", "track", "wandb_run_id"}
+FREE |= {"eval_episodes", "num_threads", "cuda", "track", "wandb_run_id", "allow_import"}
+# Flags that this file gives to every run.
+OWN = {"--env-id", "--seed", "--num-threads", "--run-dir", "--resume"}
 # Fields of a job file and their types; [str] is a list of strings.
 FIELDS = {
     "algorithms": [str],
@@ -69,8 +71,8 @@ class Args:
     """recorded results to compare with at the end; the runs are then recorded in <runs>/<job file>/results"""
     flags: str = ""
     """flags of all jobs, after the file's: --flags="--total-timesteps 5000000" makes runs longer"""
-    workers: int = os.cpu_count() or 1
-    """jobs at a time; each has one thread"""
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    """jobs at a time, by default one per CPU that this process may use; each has one thread"""
     slurm: str | None = None
     """Slurm partition to submit to; None runs here"""
     timeout_hours: float = 24
@@ -177,6 +179,10 @@ def make_jobs(spec: dict[str, Any], folder: Path, more: str = "") -> list[Job]:
                     if env_id in env_ids and algorithm in extra.get("algorithms", [algorithm]):
                         words.append(extra["flags"])
                 flags = shlex.split(" ".join([*words, variant.get("flags", ""), more]))
+                for word in flags:
+                    name = word.split("=")[0].replace("_", "-")
+                    if name in OWN:
+                        raise ValueError(f"flags have {name}, which run.py sets itself")
                 flags += ["--env-id", env_id, "--seed", str(seed), "--num-threads", "1"]
                 task = env_id.replace("|", "p").replace("/", "_")
                 run_dir = folder / f"{task}__{variant['name']}__{seed}"
@@ -185,6 +191,8 @@ def make_jobs(spec: dict[str, Any], folder: Path, more: str = "") -> list[Job]:
                 command = [str(ROOT / f"{algorithm}_mamujoco.py"), *flags]
                 args = parse_flags(algorithm, [*flags, "--run-dir", str(run_dir)])
                 jobs[run_dir] = Job(run_dir, command, args)
+    if not jobs:
+        raise ValueError("there are no jobs: name seeds, env_ids, and algorithms or variants")
     return list(jobs.values())
 
 
@@ -209,7 +217,10 @@ def select(jobs: list[Job], args: Args) -> list[Job]:
 
 def place(run_dir: Path) -> list[str]:
     """The flag that starts a run in its directory, or resumes it there."""
-    return ["--resume" if (run_dir / "checkpoint.pt").exists() else "--run-dir", str(run_dir)]
+    if (run_dir / "checkpoint.pt").exists():
+        # The job file names the module, if there is one: `Job.is_finished` compares env_id.
+        return ["--resume", str(run_dir), "--allow-import"]
+    return ["--run-dir", str(run_dir)]
 
 
 def describe_run(command: list[str], args: dict[str, Any]) -> dict[str, Any]:
@@ -274,6 +285,11 @@ def main(args: Args) -> None:
         except ValueError as e:
             print(f"{job.run_dir.name}: FAILED: {e}")
             failed += 1
+    folder = args.runs / args.job_file.stem
+    if args.compare:
+        recorded = ["__".join(key) for key in plot.load(args.compare)]
+        if not any(job.run_dir.name.rpartition("__")[0] in recorded for job in jobs):
+            usage_error(f"--compare {args.compare} has no environment and algorithm of these jobs")
     start = time.time()
     total = len(waiting)
     print(f"{len(jobs)} jobs, {len(jobs) - total - failed} finished before", flush=True)
@@ -281,7 +297,11 @@ def main(args: Args) -> None:
         for job in waiting:
             print(shlex.join(["python", *job.command, *place(job.run_dir)]))
         raise SystemExit(failed > 0)
-    folder = args.runs / args.job_file.stem
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "submitit").mkdir(exist_ok=True)
+    except OSError as e:
+        usage_error(f"--runs {args.runs}: {e.strerror}")
     cluster = "slurm" if args.slurm else "local"
     executor = submitit.AutoExecutor(folder / "submitit", cluster=cluster)
     # Here a job may take a year: submitit's end of time would orphan the script.

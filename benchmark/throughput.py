@@ -164,7 +164,7 @@ def run_script(checkout: Path, algorithm: str, flags: Sequence[str]) -> Turn:
         start = time.perf_counter()
         process = subprocess.run(command, cwd=tmp, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
-    points = re.findall(r"^step (\d+) .*SPS ([\d.]+)$", process.stdout, re.MULTILINE)
+    points = re.findall(r"^step (\d+) .*SPS ([\d.]+)", process.stdout, re.MULTILINE)
     if process.returncode or not points:
         print(process.stderr.strip() or f"error: {script} says no speed", file=sys.stderr)
         raise SystemExit(process.returncode or 1)

@@ -3,11 +3,10 @@
 `make_vec("HalfCheetah-6x1", num_envs=16)` returns a `gymnasium.vector.VectorEnv` with a `.partition`.
 """
 
-import contextlib
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import gymnasium as gym
 import mujoco
@@ -15,9 +14,9 @@ import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.vector import VectorEnv
 
-from envs import models, tasks
-from envs.gymnasium_vec import GymnasiumVectorEnv
-from envs.partition import (
+from . import models, tasks
+from .gymnasium_vec import GymnasiumVectorEnv, extra_wrappers
+from .partition import (
     ACTUATORS_PER_SEGMENT,
     NAMED_PARTITIONS,
     Partition,
@@ -61,6 +60,9 @@ SEGMENTED: dict[str, tuple[type[MujocoEnv], Callable[[int], mujoco.MjModel]]] = 
 # MuJoCo cannot compile 2,000. From 100 on, random actions make the simulation diverge in a quarter of the swimmer's
 # steps.
 MAX_SEGMENTS = 1000
+# More would only exhaust the memory.
+MAX_ENVS = 100_000
+MAX_THREADS = 1000
 
 # The environments of the papers' figures, and at least one of every other robot; any other partition works as well.
 ENV_IDS = (
@@ -113,33 +115,29 @@ def make_vec(
     Raises:
         ValueError: when something in the arguments is unknown or does not fit; the message is one line.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
-    if num_threads < 0:
-        raise ValueError(f"num_threads is {num_threads}: it must be 0 (one per CPU) or more")
-    robot, _, text = (env_id, "-", partition) if partition is not None else env_id.rpartition("-")
+    if not 1 <= num_envs <= MAX_ENVS:
+        raise ValueError(f"num_envs is {num_envs}: it must be 1 to {MAX_ENVS}")
+    if not 0 <= num_threads <= MAX_THREADS:
+        raise ValueError(
+            f"num_threads is {num_threads}: it must be 0 (one per CPU) to {MAX_THREADS}"
+        )
+    robot, text = env_id, partition
+    if partition is None:
+        robot, bracket, lists = env_id.partition("-[")  # lists may have hyphens: "Ant-[[0,-1]]"
+        text = "[" + lists
+        if not bracket:
+            robot, _, text = env_id.rpartition("-")
     if robot not in ROBOTS:
         return _make_gymnasium_vec(robot, text, num_envs, agent_obsk)
     gym_id, task_class = ROBOTS[robot]
-    with _quiet_compiler():
+    # Gymnasium's model files have deprecated attributes, on which MuJoCo remarks.
+    with tasks.quiet_mujoco(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         env = _make_task_env(robot, text)
     act_ids = parse_partition(robot, text, env.model.nu)
     vec = task_class(env, num_envs, gym.spec(gym_id).max_episode_steps, num_threads)
     vec.partition = make_partition(env.model, act_ids, vec.obs_entries, agent_obsk)
     return vec
-
-
-@contextlib.contextmanager
-def _quiet_compiler() -> Iterator[None]:
-    """Show and log no warnings of MuJoCo while it compiles: Gymnasium's model files have deprecated attributes."""
-    handler = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        mujoco.set_mju_user_warning(handler)
 
 
 def _make_task_env(robot: str, partition: str | Sequence[Sequence[int]]) -> MujocoEnv:
@@ -164,28 +162,45 @@ def _make_gymnasium_vec(
 ) -> VectorEnv:
     """`make_vec` for any other Gymnasium MuJoCo environment, on Gymnasium's own vectorisation.
 
+    Observations and actions are those of the environment as `gym.make` returns it, with its wrappers.
+
     Raises:
-        ValueError: when it is unknown, is no `MujocoEnv`, has an observation that is not flat, or does not fit.
+        ValueError: when it is unknown, cannot be made, is no `MujocoEnv`, has an observation that is not flat, or does
+            not fit.
     """
     try:
-        env = gym.make(gym_id).unwrapped
-    except (gym.error.Error, ImportError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            env = gym.make(gym_id)
+    except Exception as e:  # Gymnasium's, or whatever the environment's own code raises
+        if not isinstance(e, gym.error.UnregisteredEnv) and type(e) is not gym.error.Error:
+            reason = " ".join(str(e).split())
+            raise ValueError(f"{gym_id} cannot be made: {type(e).__name__}: {reason}") from e
         env_id = f"{gym_id}-{partition}" if gym_id else str(partition)
         known_ids = [*ENV_IDS, *(f"{robot}-<partition>" for robot in ROBOTS)]
         by_lower = {known.lower(): known for known in known_ids}
         matches = difflib.get_close_matches(env_id.lower(), by_lower, n=4, cutoff=0.4)
         near = [by_lower[match] for match in matches] or ENV_IDS
-        raise ValueError(
-            f"unknown env_id {env_id!r}; did you mean {', '.join(near)}? ({type(e).__name__})"
-        ) from e
-    if not isinstance(env, MujocoEnv) or len(env.observation_space.shape or ()) != 1:
+        raise ValueError(f"unknown env_id {env_id[:80]!r}; did you mean {', '.join(near)}?") from e
+    if not isinstance(env.unwrapped, MujocoEnv) or len(env.observation_space.shape or ()) != 1:
         raise ValueError(
             f"{gym_id} is not a Gymnasium MujocoEnv with a flat observation, so it cannot be partitioned"
         )
-    act_ids = parse_partition(gym_id, partition, env.model.nu)
+    model = env.unwrapped.model
+    if env.action_space.shape != (model.nu,):
+        raise ValueError(
+            f"{gym_id} has {model.nu} actuators, but actions {env.action_space}: "
+            "it needs one entry for each actuator"
+        )
+    act_ids = parse_partition(gym_id, partition, model.nu)
     entries = [("global", 0)] * env.observation_space.shape[0]  # every agent sees everything
     if agent_obsk is not None:
-        entries = tasks.observation_entries(env)
+        if wrappers := extra_wrappers(env):
+            raise ValueError(
+                f"{gym_id}: agent_obsk must be None, because its observation is no longer the robot's own "
+                f"behind {', '.join(wrappers)}"
+            )
+        entries = tasks.observation_entries(env.unwrapped)
     low = env.action_space.low
     high = env.action_space.high
     usable = np.isfinite(low) & np.isfinite(high) & (low < high)
@@ -194,5 +209,5 @@ def _make_gymnasium_vec(
             f"{gym_id}: the action range of actuator {usable.argmin()} must be finite, with low < high"
         )
     vec = GymnasiumVectorEnv(gym_id, num_envs)
-    vec.partition = make_partition(env.model, act_ids, entries, agent_obsk)
+    vec.partition = make_partition(model, act_ids, entries, agent_obsk)
     return vec

@@ -103,9 +103,10 @@ def parse_actuator_lists(partition: str | Sequence[Sequence[int]]) -> list[list[
     try:
         lists = json.loads(partition) if isinstance(partition, str) else partition
         return [[operator.index(a) for a in agent] for agent in lists]
-    except (json.JSONDecodeError, TypeError) as e:
+    except (json.JSONDecodeError, TypeError, RecursionError) as e:
+        shown = str(partition)[:80]
         raise ValueError(
-            f"partition {partition!r} is neither NxM nor actuator lists such as [[0,1],[2]]"
+            f"partition {shown!r} is neither NxM nor actuator lists such as [[0,1],[2]]"
         ) from e
 
 

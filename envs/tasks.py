@@ -5,7 +5,8 @@ observation, reward and termination. Weights, ranges and the random draws of a r
 object, so that they cannot drift from it, and the arithmetic has Gymnasium's order, so that results are bit-identical.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,10 +19,21 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
-from envs.partition import ObsEntry
+from .partition import ObsEntry
 
 # The warnings that MuJoCo counts when a simulation diverges; their numbers are consecutive.
 DIVERGED = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADQACC) + 1)
+
+
+@contextlib.contextmanager
+def quiet_mujoco() -> Iterator[None]:
+    """Let MuJoCo show no warnings, and write none to MUJOCO_LOG.TXT, a file that it makes in the working directory."""
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(handler)
 
 
 def observation_entries(env: MujocoEnv) -> list[ObsEntry]:
@@ -199,7 +211,8 @@ class MujocoVectorEnv(VectorEnv):
         if actions.shape != self.ctrl.shape:
             raise ValueError(f"actions must have shape {self.ctrl.shape}, not {actions.shape}")
         self.ctrl[:] = actions
-        self.batch.step(nstep=self.env.frame_skip)
+        with quiet_mujoco():  # a simulation that diverges is counted below
+            self.batch.step(nstep=self.env.frame_skip)
         if self.has_contact_forces:
             for i in range(self.num_envs):
                 self.batch.get_data(i, self._data)

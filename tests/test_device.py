@@ -254,7 +254,7 @@ def test_a_run_changes_between_the_devices(
     evaluate.main(evaluate.Args(path=tmp_path / "run", episodes=1, num_threads=1))
     with Device() as device:
         checkpoint = resume(script, tmp_path / "run", "--total-timesteps", 120)
-    assert "from step 80 to 120 on the cpu" in capsys.readouterr().out
+    assert "from step 80 to 120, cpu" in capsys.readouterr().out
     assert checkpoint["step"] == 120
     assert device.transfers == {}
     assert len(devices_of_adam) >= 4

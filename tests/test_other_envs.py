@@ -99,7 +99,7 @@ def test_a_copied_script_trains_and_resumes(copy: Path, capsys: pytest.CaptureFi
 
     capsys.readouterr()
     command_line(copy, "--resume", "run", "--total-timesteps", 5400)
-    notice = "this environment has no get_state: new episodes start here"
+    notice = "this environment's state cannot be saved: new episodes start here"
     assert capsys.readouterr().out.count(notice) == 1
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 5400
 
