@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -538,6 +539,7 @@ def copy_project(copy: Path) -> None:
 
 def run_pytest(project: Path, options: Sequence[str], output: Path) -> None:
     """Be `python -m pytest`, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     os.chdir(project)
     sys.path[0] = str(project)
     with output.open("w") as file:
