@@ -320,9 +320,11 @@ class NormalizedEnv:
     """
 
     def __init__(self, vec: VectorEnv, seed: int) -> None:
-        """Start all episodes. Raises ValueError if `vec` has another autoreset mode than SAME_STEP."""
+        """Start all episodes. Raises ValueError if `vec` is not as docs/your_environment.md says."""
         if vec.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError("the vector environment's autoreset_mode must be SAME_STEP")
+        if not vec.single_action_space.is_bounded():
+            raise ValueError("the vector environment's actions must have finite ranges")
         self.vec = vec
         self.obs_rms = RunningMeanStd(shape=vec.single_observation_space.shape)
         self.returns = np.zeros(vec.num_envs)  # of the running episodes
@@ -499,11 +501,11 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             args.env_id, max(1, args.eval_episodes), args.agent_obsk, args.num_threads
         )
         env = NormalizedEnv(vec, train_seed)
-    except ValueError as e:
+        (obs_dim,) = vec.single_observation_space.shape
+        (act_dim,) = vec.single_action_space.shape
+        policy = Policy(vec.partition, args, device)
+    except (AttributeError, ValueError) as e:  # such as an environment without a partition
         fail(e)
-    obs_dim = vec.single_observation_space.shape[0]
-    act_dim = vec.single_action_space.shape[0]
-    policy = Policy(vec.partition, args, device)
     critic = Critic(obs_dim, act_dim, args).to(device)
     target_policy = copy.deepcopy(policy)
     target_critic = copy.deepcopy(critic)
@@ -516,8 +518,6 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     buffer = ReplayBuffer(
         args.buffer_size // args.num_envs, args.num_envs, obs_dim, act_dim, device
     )
-    megabytes = sum(tensor.nbytes for tensor in buffer.data.values()) / 2**20
-    print(f"replay buffer: {megabytes:.0f} MiB for {args.buffer_size} transitions")
 
     # Resume
     saved = {

@@ -79,7 +79,7 @@ class Args:
     # Algorithm
     num_envs: PositiveInt = 20
     """parallel environments"""
-    num_steps: Annotated[int, Field(ge=2)] = 100
+    num_steps: PositiveInt = 100
     """steps in each environment per iteration; the batch has num_envs * num_steps rows"""
     learning_rate: Rate = 5e-4
     """learning rate of the actors"""
@@ -310,9 +310,11 @@ class NormalizedEnv:
     """
 
     def __init__(self, vec: VectorEnv, seed: int, gamma: float) -> None:
-        """Start all episodes. Raises ValueError if `vec` has another autoreset mode than SAME_STEP."""
+        """Start all episodes. Raises ValueError if `vec` is not as docs/your_environment.md says."""
         if vec.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError("the vector environment's autoreset_mode must be SAME_STEP")
+        if not vec.single_action_space.is_bounded():
+            raise ValueError("the vector environment's actions must have finite ranges")
         self.vec = vec
         self.gamma = gamma
         self.obs_rms = RunningMeanStd(shape=vec.single_observation_space.shape)
@@ -491,10 +493,10 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             args.env_id, max(1, args.eval_episodes), args.agent_obsk, args.num_threads
         )
         env = NormalizedEnv(vec, train_seed, args.gamma)
-        obs_dim = vec.single_observation_space.shape[0]
-        act_dim = vec.single_action_space.shape[0]
+        (obs_dim,) = vec.single_observation_space.shape
+        (act_dim,) = vec.single_action_space.shape
         policy = Policy(vec.partition, obs_dim, args).to(device)
-    except ValueError as e:
+    except (AttributeError, ValueError) as e:  # such as an environment without a partition
         fail(e)
     critic = mlp((obs_dim, *args.hidden_sizes, 1), 1.0).to(device)
     critic_optimizer = Adam(critic.parameters(), eps=1e-5, fused=True)  # its rate is set below
@@ -583,7 +585,6 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         log = mappo_update(
             policy.actors, actor_optimizer, agents_obs, agents_actions, b_advantages, args
         )
-        log["charts/learning_rate"] = lr_scale * args.learning_rate
 
         # Critic update
         critic_optimizer.param_groups[0]["lr"] = lr_scale * args.critic_learning_rate

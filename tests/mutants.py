@@ -82,6 +82,9 @@ LAST = {row[0]: row[1:] for row in re.findall(ROW, TABLE.read_text(), re.MULTILI
 # wrong, the files, the line's text, what it becomes. The text occurs exactly once in each of the files.
 FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     "updates: clipping or loss_and or entropy_bonus": [
+        ("actions not stored", ON_POLICY, "            actions[t] = action\n", ""),
+        ("another gamma in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, 0.9, args.gae_lambda"),
+        ("another lambda in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, args.gamma, 0.9"),
         ("sign of the clipped objective", PPO, "policy_loss = -torch.min(", "policy_loss = torch.min("),
         ("max instead of min", PPO, "-torch.min(", "-torch.max("),
         ("only the upper side clipped", PPO, "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)", "ratio.clamp(max=1 + args.clip_coef)"),
@@ -271,9 +274,6 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("Gymnasium's robots without a time limit accepted", GYMNASIUM, "if _time_limit(self.envs[0]) is None:", "if False:"),
     ],
     "runs: resumed_run_is": [
-        ("actions not stored", ON_POLICY, "            actions[t] = action\n", ""),
-        ("another gamma in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, 0.9, args.gae_lambda"),
-        ("another lambda in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, args.gamma, 0.9"),
         ("generator not restored", ON_POLICY, '        torch.set_rng_state(checkpoint["rng"])\n', ""),
         ("observation not restored", ON_POLICY, '        self.obs = state["obs"]\n', ""),
         ("simulations not restored", ON_POLICY, '        self.vec.set_state(state["vec"])\n', ""),

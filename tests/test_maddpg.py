@@ -406,13 +406,9 @@ def test_what_reaches_buffer_and_environment(tmp_path: Path, monkeypatch: pytest
     assert (learnt.std(0) - 1).abs().max() < 0.4
 
 
-def test_log_and_model(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Memory is stated first; the log has what the documentation explains; the model has no buffer."""
+def test_log_and_model(tmp_path: Path):
+    """The log has what the documentation explains; the model has no buffer."""
     model = train(tmp_path / "run", eval_episodes=2)
-    # float32: observation twice, 10 each; 2 actions; reward, termination, truncation
-    assert capsys.readouterr().out.startswith(
-        f"replay buffer: {4000 * 4 * 25 / 2**20:.0f} MiB for 4000 transitions\n"
-    )
     log = EventAccumulator(str(tmp_path / "run")).Reload()
     tags = {
         "losses/q_loss",
