@@ -82,9 +82,6 @@ LAST = {row[0]: row[1:] for row in re.findall(ROW, TABLE.read_text(), re.MULTILI
 # wrong, the files, the line's text, what it becomes. The text occurs exactly once in each of the files.
 FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     "updates: clipping or loss_and or entropy_bonus": [
-        ("actions not stored", ON_POLICY, "            actions[t] = action\n", ""),
-        ("another gamma in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, 0.9, args.gae_lambda"),
-        ("another lambda in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, args.gamma, 0.9"),
         ("sign of the clipped objective", PPO, "policy_loss = -torch.min(", "policy_loss = torch.min("),
         ("max instead of min", PPO, "-torch.min(", "-torch.max("),
         ("only the upper side clipped", PPO, "ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)", "ratio.clamp(max=1 + args.clip_coef)"),
@@ -181,6 +178,9 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("cosine of something else", (HATRPO,), "expected_gain / (step.norm() * gradient.norm())", "expected_gain / (step.norm() * step.norm())"),
     ],
     "gae": [
+        ("actions not stored", ON_POLICY, "            actions[t] = action\n", ""),
+        ("another gamma in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, 0.9, args.gae_lambda"),
+        ("another lambda in the advantages", ON_POLICY, "truncations, args.gamma, args.gae_lambda", "truncations, args.gamma, 0.9"),
         ("truncation taken for termination", ON_POLICY, "gamma * (1 - terminations) * next_values", "gamma * (1 - terminations) * (1 - truncations) * next_values"),
         ("termination ignored", ON_POLICY, "gamma * (1 - terminations) * next_values", "gamma * next_values"),
         ("advantages cross truncations", ON_POLICY, "(1 - terminations) * (1 - truncations)  # nothing", "(1 - terminations)  # nothing"),
