@@ -41,7 +41,8 @@ Directory = Annotated[Path, tyro.conf.Positional]
 
 def usage_error(message: object) -> NoReturn:
     """Say in one line what is wrong, and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    words = " ".join(str(message).splitlines())
+    print(f"error: {words}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -134,37 +135,40 @@ def read_descriptions(path: Path) -> list[dict]:
 def record(runs: Directory, results: Directory) -> None:
     """Write the CSV and the description of each run in a directory; the records of other runs stay.
 
-    Exits with a usage error if there are no runs.
+    Exits with a usage error, before it writes anything, if there are no runs or runs.jsonl is damaged.
     """
     file = results / "runs.jsonl"
     try:
         lines = file.read_text().splitlines() if file.exists() else []
-        before = {json.loads(line)["run"]: line for line in lines}
+        described = {RUN_NAME.fullmatch(json.loads(line)["run"])[0]: line for line in lines}
+    except OSError as e:
+        usage_error(f"{file}: {e.strerror}")
     except (KeyError, TypeError, ValueError):
         usage_error(f"{file} has a line that describes no run")
-    described = {}
+    found = {}
     for path in sorted(runs.glob("*.jsonl")):
         run_dir = path.with_suffix("")
         try:
             if not RUN_NAME.fullmatch(run_dir.name):
                 raise ValueError(f"{run_dir} is not named <env id>__<algorithm>__<seed>")
-            starts = read_descriptions(path)
-            columns = read_log(run_dir)
-        except ValueError as e:
+            found[run_dir.name] = read_descriptions(path), read_log(run_dir)
+        except (OSError, ValueError) as e:
             print(f"left out: {e}", file=sys.stderr)
-            continue
-        results.mkdir(parents=True, exist_ok=True)
-        with open(results / f"{run_dir.name}.csv", "w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for step, *others in zip(*columns.values(), strict=True):
-                writer.writerow([f"{step:.0f}", *(f"{x:.6g}" for x in others)])
-        description = {"run": run_dir.name, "starts": len(starts)} | starts[-1]
-        described[run_dir.name] = json.dumps(description)
-    if not described:
+    if not found:
         usage_error(f"{runs} has no runs with a log")
-    described = before | described
-    file.write_text("".join(line + "\n" for _, line in sorted(described.items())))
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        for name, (starts, columns) in found.items():
+            with open(results / f"{name}.csv", "w", newline="") as f:
+                writer = csv.writer(f, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                for step, *others in zip(*columns.values(), strict=True):
+                    writer.writerow([f"{step:.0f}", *(f"{x:.6g}" for x in others)])
+            description = {"run": name, "starts": len(starts)} | starts[-1]
+            described[name] = json.dumps(description)
+        file.write_text("".join(line + "\n" for _, line in sorted(described.items())))
+    except OSError as e:
+        usage_error(f"{e.filename}: {e.strerror}")
     print(f"{len(described)} runs are recorded in {results}")
 
 
@@ -177,6 +181,9 @@ def read_record(path: Path) -> dict[str, np.ndarray]:
     if not rows or any(len(row) != len(COLUMNS) for row in rows):
         raise ValueError(f"it has no rows, or one without {len(COLUMNS)} numbers")
     table = np.array(rows, dtype=float)
+    steps = table[:, 0]
+    if not np.isfinite(steps).all() or (np.diff(steps, prepend=0) <= 0).any():
+        raise ValueError("its steps do not ascend from 0")
     return dict(zip(COLUMNS, table.T, strict=True))
 
 
@@ -190,7 +197,7 @@ def load(results: Path) -> dict[tuple[str, str], list[Run]]:
         env_id, algorithm, seed = name.groups()
         try:
             run = Run(env_id, algorithm, int(seed), read_record(path))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, csv.Error) as e:
             usage_error(f"{path} is no record of a run: {e}")
         groups.setdefault((env_id, algorithm), []).append(run)
     if not groups:
@@ -261,6 +268,7 @@ def table(results: Directory) -> None:
     The paper's returns are read off its plot; both sources have 10 million steps of the v2 tasks, which differ from v5,
     most on Ant and Humanoid. A range is as published; "shared" means shared parameters.
     """
+    groups = load(results)
     published = {}
     with open(Path(__file__).with_name("published.csv"), newline="") as f:
         for row in csv.DictReader(f):
@@ -268,7 +276,7 @@ def table(results: Directory) -> None:
     header = "| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps "
     print(header + "| ICLR 2022, 10M steps, v2 | HARL, 10M steps, v2 |")
     print("|---" * 9 + "|")
-    for (env_id, algorithm), runs in load(results).items():
+    for (env_id, algorithm), runs in groups.items():
         scores = final_returns(runs)
         words = "0 | not evaluated yet" + " |" * 3
         if len(scores):

@@ -7,7 +7,7 @@
 Runs go to runs/<job file>/<env id>__<algorithm>__<seed>; beside each are its output (.log), and a line of command,
 commit, versions and machine per start (.jsonl). The same command again skips finished runs, resumes those that have a
 checkpoint, and starts the rest; so it also continues after Ctrl-C. It exits with 1 if a job failed or the comparison
-found a difference, with 2 if the job file is wrong, with 130 or 143 after Ctrl-C or SIGTERM.
+found a difference, with 2 if the job file or a flag is wrong, with 130 or 143 after Ctrl-C or SIGTERM.
 """
 
 import contextlib
@@ -43,6 +43,8 @@ FREE = {"total_timesteps", "run_dir", "resume", "checkpoint_interval", "eval_int
 FREE |= {"eval_episodes", "num_threads", "cuda", "track", "wandb_run_id", "allow_import"}
 # Flags that this file gives to every run.
 OWN = {"--env-id", "--seed", "--num-threads", "--run-dir", "--resume"}
+# macOS does not say which CPUs a process may use.
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Fields of a job file and their types; [str] is a list of strings.
 FIELDS = {
     "algorithms": [str],
@@ -71,7 +73,7 @@ class Args:
     """recorded results to compare with at the end; the runs are then recorded in <runs>/<job file>/results"""
     flags: str = ""
     """flags of all jobs, after the file's: --flags="--total-timesteps 5000000" makes runs longer"""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    workers: int = CPUS
     """jobs at a time, by default one per CPU that this process may use; each has one thread"""
     slurm: str | None = None
     """Slurm partition to submit to; None runs here"""
@@ -120,10 +122,13 @@ class Job:
 def parse_flags(algorithm: str, flags: list[str]) -> Any:
     """The script's arguments; raises ValueError with its complaint if it refuses the flags."""
     script = importlib.import_module(f"{algorithm}_mamujoco")
-    with contextlib.redirect_stderr(io.StringIO()) as complaint:
+    complaint = io.StringIO()
+    with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
         try:
             return tyro.cli(script.Args, args=flags)
-        except SystemExit:
+        except SystemExit as e:
+            if not e.code:  # it has printed its help, or a completion
+                raise ValueError(f"{algorithm}: {shlex.join(flags)} starts no run") from None
             text = re.sub("[─│╭╮╰╯]+", " ", complaint.getvalue())  # tyro's box
             words = text.split("For full helptext")[0].split()
             raise ValueError(f"{algorithm}: {' '.join(words)}") from None
@@ -146,6 +151,11 @@ def check_table(table: dict[str, Any], known: dict[str, Any], needed: tuple[str,
             words = "list of "
         if any(type(v) is not kind for v in values):
             raise ValueError(f"{name} is {value!r}: it must be a {words}{kind.__name__}")
+
+
+def task_name(env_id: str) -> str:
+    """An environment in the name of a run: Humanoid-9|8 is Humanoid-9p8."""
+    return env_id.replace("|", "p").replace("/", "_")
 
 
 def make_jobs(spec: dict[str, Any], folder: Path, more: str = "") -> list[Job]:
@@ -184,9 +194,10 @@ def make_jobs(spec: dict[str, Any], folder: Path, more: str = "") -> list[Job]:
                     if name in OWN:
                         raise ValueError(f"flags have {name}, which run.py sets itself")
                 flags += ["--env-id", env_id, "--seed", str(seed), "--num-threads", "1"]
-                task = env_id.replace("|", "p").replace("/", "_")
-                run_dir = folder / f"{task}__{variant['name']}__{seed}"
-                if run_dir in jobs or run_dir.parent != folder or run_dir.name.count("__") != 2:
+                parts = task_name(env_id), variant["name"], str(seed)
+                run_dir = folder / "__".join(parts)
+                match = plot.RUN_NAME.fullmatch(run_dir.name)  # as `plot.record` will read it
+                if run_dir in jobs or not match or match.groups() != parts:
                     raise ValueError(f"{run_dir.name} is there twice, or no name for a run")
                 command = [str(ROOT / f"{algorithm}_mamujoco.py"), *flags]
                 args = parse_flags(algorithm, [*flags, "--run-dir", str(run_dir)])
@@ -206,7 +217,8 @@ def read_jobs(job_file: Path, runs: Path, flags: str = "") -> list[Job]:
 
 def select(jobs: list[Job], args: Args) -> list[Job]:
     """The jobs of the chosen algorithms and environments; exits with a usage error if one of them has no job."""
-    for at, chosen in ((1, args.algorithms), (0, args.env_ids)):
+    env_ids = [task_name(env_id) for env_id in args.env_ids]
+    for at, chosen in ((1, args.algorithms), (0, env_ids)):
         names = [job.run_dir.name.split("__")[at] for job in jobs]
         if missing := [name for name in chosen if name not in names]:
             known = ", ".join(dict.fromkeys(names))
@@ -301,9 +313,12 @@ def main(args: Args) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "submitit").mkdir(exist_ok=True)
     except OSError as e:
-        usage_error(f"--runs {args.runs}: {e.strerror}")
+        usage_error(f"--runs {args.runs}: {e.filename}: {e.strerror}")
     cluster = "slurm" if args.slurm else "local"
-    executor = submitit.AutoExecutor(folder / "submitit", cluster=cluster)
+    try:
+        executor = submitit.AutoExecutor(folder / "submitit", cluster=cluster)
+    except RuntimeError as e:
+        usage_error(f"--slurm {args.slurm}: {e}")
     # Here a job may take a year: submitit's end of time would orphan the script.
     minutes = int(60 * args.timeout_hours) if args.slurm else 525_600
     executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_partition=args.slurm)

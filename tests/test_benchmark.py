@@ -443,6 +443,182 @@ def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert shorter + "nothing could be compared\n" in capsys.readouterr().out
 
 
+@pytest.fixture
+def run_plot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """plot.py with a command line: its exit code, and the lines of its output and of its complaint."""
+
+    def run(*words: object) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            plot.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+def test_exit_code_of_compare(tmp_path: Path, run_plot):
+    """It is 0 within the noise, 1 if something differs or nothing can be compared, 2 without a common task."""
+    reference = tmp_path / "reference"
+    mine = tmp_path / "mine"
+    for seed in (1, 2):
+        write_record(reference, f"Ant-4x2__happo__{seed}", {20_000: seed}, 20_000)
+        write_record(mine, f"Ant-4x2__happo__{seed}", {20_000: seed}, 20_000)
+    code, lines, _ = run_plot("compare", reference, mine)
+    assert code == 0 and len(lines) == 1 and "within the noise" in lines[0]
+    for seed in (1, 2):
+        write_record(mine, f"Ant-4x2__happo__{seed}", {20_000: seed + 100}, 20_000)
+    code, lines, _ = run_plot("compare", reference, mine)
+    assert code == 1 and len(lines) == 1 and "DIFFERENT" in lines[0]
+    write_record(reference, "Ant-4x2__mappo__1", {20_000: 1}, 20_000)
+    write_record(mine, "Ant-4x2__mappo__1", {20_000: 1}, 20_000)
+    for seed in (1, 2):
+        write_record(mine, f"Ant-4x2__happo__{seed}", {20_000: seed}, 20_000)
+    code, lines, _ = run_plot("compare", reference, mine)
+    assert code == 0 and "fewer than two runs" in lines[1]  # the other row could be compared
+
+    nothing = [1, "nothing could be compared"]
+    write_record(mine, "Ant-4x2__happo__2", {20_000: 2}, 30_000)
+    code, lines, _ = run_plot("compare", reference, mine)
+    assert [code, lines[-1]] == nothing and "from 20,000 to 30,000 steps" in lines[0]
+    write_record(mine, "Ant-4x2__happo__2", {}, 20_000)  # not evaluated
+    for few, enough in ((mine, reference), (reference, mine)):
+        code, lines, _ = run_plot("compare", few, enough)
+        assert [code, lines[-1]] == nothing and "fewer than two runs" in lines[0]
+
+    for path in mine.glob("*.csv"):
+        path.rename(path.with_name(path.name.replace("Ant-4x2", "Ant-2x4")))
+    complaint = "error: the two have no environment and algorithm in common"
+    assert run_plot("compare", reference, mine) == (2, [], [complaint])
+    missing = tmp_path / "missing"
+    complaint = f"error: {missing} has no recorded runs"
+    for pair in ((reference, missing), (missing, mine)):
+        assert run_plot("compare", *pair) == (2, [], [complaint])
+
+
+HEADER = ",".join(plot.COLUMNS).encode() + b"\n"
+
+
+DAMAGED = {
+    "empty": (b"", "its columns are not step, "),
+    "other columns": (b"step,return\n1,2\n", "its columns are not step, "),
+    "no header": (b"1,2,3,4,5\n2,3,4,5,6\n", "its columns are not step, "),
+    "only a header": (HEADER, "it has no rows, or one without 5 numbers"),
+    "cut": (HEADER + b"1,2,3,4,5\n2,3", "it has no rows, or one without 5 numbers"),
+    "too wide": (HEADER + b"1,2,3,4,5,6\n", "it has no rows, or one without 5 numbers"),
+    "garbled": (b"\xff\xfe\x00", "can't decode byte 0xff"),
+    "garbled later": (HEADER + b"1,2,3,4,5\n2,\xff,3,4,5\n", "can't decode byte 0xff"),
+    "a word": (HEADER + b"1,2,3,4,5\n2,3,none,4,5\n", "could not convert string to float"),
+    "a gap": (HEADER + b"1,2,3,4,\n", "could not convert string to float"),
+    "a step is nan": (HEADER + b"nan,2,3,4,5\n", "its steps do not ascend"),
+    "a step is inf": (HEADER + b"1,2,3,4,5\ninf,2,3,4,5\n", "its steps do not ascend"),
+    "steps descend": (HEADER + b"2,1,3,4,5\n1,2,3,4,5\n", "its steps do not ascend"),
+    "a long line": (HEADER + b"1" * 200_000, "field larger than field limit"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_records_are_one_line(tmp_path: Path, damage: str, run_plot):
+    """Every command that reads records names the damaged file, prints nothing else, and exits with 2."""
+    content, complaint = DAMAGED[damage]
+    for seed in (1, 2, 3):
+        write_record(tmp_path, f"Ant-4x2__happo__{seed}", {20_000: seed}, 20_000)
+    path = tmp_path / "Ant-4x2__happo__2.csv"
+    path.write_bytes(content)
+    commands = [["table", tmp_path], ["figure", tmp_path], ["compare", tmp_path, tmp_path]]
+    commands += [["aggregate", tmp_path], ["models", tmp_path, tmp_path, tmp_path / "models"]]
+    commands += [["seconds", tmp_path, "--env-id", "Ant-4x2", "--target", 1]]
+    for command in commands:
+        code, out, err = run_plot(*command)
+        assert (code, out, len(err)) == (2, [], 1)
+        assert err[0].startswith(f"error: {path} is no record of a run: ") and complaint in err[0]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def files_in(folder: Path) -> dict[Path, bytes | None]:
+    """The bytes of all files below a directory; None stands for directories."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_damaged_descriptions_are_left_out(tmp_path: Path, run_plot):
+    """A run whose .jsonl is damaged gets a line with the file's name; the others are recorded."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    good = '{"command": ["x"]}\n'
+    damaged = [b'{"a": 1}\n{"comm', b"", b"5\n", good.encode() + b"5\n", b"[]\n", b"\xff\n"]
+    for seed, content in enumerate([*damaged, None, None, good.encode()]):
+        run = runs / f"Ant-4x2__happo__{seed}"
+        write_log(run, 0, 10_000)
+        path = Path(f"{run}.jsonl")
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    (runs / "Ant-4x2__happo__6.jsonl").mkdir()
+    (runs / "Ant-4x2__happo__7.jsonl").symlink_to("nowhere")
+    write_log(runs / "Ant-4x2__happo__9", 0, 10_000)
+    code, out, err = run_plot("record", runs, tmp_path / "results")
+    assert (code, out) == (0, [f"2 runs are recorded in {tmp_path / 'results'}"])
+    assert len(err) == 8 and all(line.startswith("left out: ") for line in err)
+    for seed, line in enumerate(err):
+        assert f"{runs}/Ant-4x2__happo__{seed}.jsonl" in line
+    lines = (tmp_path / "results" / "runs.jsonl").read_text().splitlines()
+    names = ["Ant-4x2__happo__8", "Ant-4x2__happo__9"]
+    assert [json.loads(line)["run"] for line in lines] == names
+    assert sorted(path.stem for path in tmp_path.glob("results/*.csv")) == names
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"run": "Ant-4x2__happo__7"}\n{"run": "Ant-4',
+        b"\xff",
+        b"5\n",
+        b"{}\n",
+        b'{"run": 5}\n',
+        b'{"run": null}\n',
+        b'{"run": "x"}\n',
+        None,
+    ],
+)
+def test_a_damaged_list_of_records_stays(tmp_path: Path, content: bytes | None, run_plot):
+    """With a runs.jsonl that is cut, garbled or a directory, `record` says so in one line, and changes nothing."""
+    (tmp_path / "runs").mkdir()
+    write_log(tmp_path / "runs" / "Ant-4x2__happo__1", 0, 10_000)
+    results = tmp_path / "results"
+    results.mkdir()
+    file = results / "runs.jsonl"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    before = files_in(tmp_path)
+    complaint = (
+        f"{file}: Is a directory" if content is None else f"{file} has a line that describes no run"
+    )
+    assert run_plot("record", tmp_path / "runs", results) == (2, [], [f"error: {complaint}"])
+    assert files_in(tmp_path) == before
+
+
+def test_records_that_cannot_be_written(tmp_path: Path, run_plot):
+    """Results that are a file or lie below one, or a CSV that is a directory: one line with the path, exit code 2."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    write_log(runs / "Ant-4x2__happo__1", 0, 10_000)
+    (tmp_path / "file").write_text("x")
+    csv_file = tmp_path / "results" / "Ant-4x2__happo__1.csv"
+    csv_file.mkdir(parents=True)
+    before = files_in(tmp_path)
+    for results, complaint in (
+        (tmp_path / "file", f"{tmp_path}/file: File exists"),
+        (tmp_path / "file" / "x", f"{tmp_path}/file/x: Not a directory"),
+        (tmp_path / "results", f"{csv_file}: Is a directory"),
+    ):
+        assert run_plot("record", runs, results) == (2, [], [f"error: {complaint}"])
+    code, out, (err,) = run_plot("table", tmp_path / "results")
+    assert (code, out) == (2, []) and err.startswith(f"error: {csv_file} is no record of a run: ")
+    assert files_in(tmp_path) == before
+
+
 # The runner
 
 TINY = "--num-envs 4 --num-steps 32 --hidden-sizes 8 --eval-episodes 0 --checkpoint-interval 256"
@@ -661,6 +837,24 @@ def test_runner_runs_one_row_and_compares_it(
     assert len(list(tmp_path.glob("job/results/*.csv"))) == 2
 
 
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The one line with which the runner refuses job.toml; it makes no file, and could not start a run."""
+    monkeypatch.setattr(runner.submitit, "AutoExecutor", None)
+
+    def run(**chosen: object) -> str:
+        before = files_in(tmp_path)
+        with pytest.raises(SystemExit) as stop:
+            runner.main(runner.Args(tmp_path / "job.toml", **{"runs": tmp_path} | chosen))
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and re.fullmatch("error: [^\n]+\n", captured.err)
+        assert re.fullmatch(r"(\d+ jobs, \d+ finished before\n)?", captured.out)
+        assert files_in(tmp_path) == before
+        return captured.err.removeprefix("error: ").strip()
+
+    return run
+
+
 GOOD = 'env_ids = ["Ant-4x2"]\nseeds = [1]\n'
 
 
@@ -681,20 +875,239 @@ GOOD = 'env_ids = ["Ant-4x2"]\nseeds = [1]\n'
             "Ant-2x4, which no job has",
         ),
         (GOOD + '[[variants]]\nname = "x"', "algorithm is missing"),
+        (GOOD, "there are no jobs: name seeds, env_ids, and algorithms or variants"),
+        (GOOD + "algorithms = []\nvariants = []", "there are no jobs"),
+        ('env_ids = []\nseeds = [1]\nalgorithms = ["happo"]', "there are no jobs"),
+        ('env_ids = ["Ant-4x2"]\nseeds = []\nalgorithms = ["happo"]', "there are no jobs"),
+        (
+            'env_ids = ["Ant-4x2"]\nseeds = []\n[[variants]]\nname = "x"\nalgorithm = "happo"',
+            "no jobs",
+        ),
+        (
+            GOOD + '[[variants]]\nname = ""\nalgorithm = "happo"',
+            "Ant-4x2____1 is there twice, or no",
+        ),
+        (
+            GOOD + '[[variants]]\nname = "x_"\nalgorithm = "happo"',
+            "Ant-4x2__x___1 is there twice, or",
+        ),
+        (GOOD + '[[variants]]\nname = "a/b"\nalgorithm = "happo"', "or no name for a run"),
+        ('env_ids = ["Ant_"]\nseeds = [1]\nalgorithms = ["happo"]', "or no name for a run"),
+        ('env_ids = ["A\\nt"]\nseeds = [1]\nalgorithms = ["happo"]', "or no name for a run"),
+        ('env_ids = ["m__n:A-2x1"]\nseeds = [1]\nalgorithms = ["happo"]', "or no name for a run"),
+        ('env_ids = ["Ant-4x2"]\nseeds = [-1]\nalgorithms = ["happo"]', "or no name for a run"),
         ('env_ids = ["Ant-4x2"]', "seeds is missing"),
         ("algorithms = [", "Invalid value"),
     ],
 )
-def test_bad_job_files_are_one_line(
-    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture
-):
+def test_bad_job_files_are_one_line(tmp_path: Path, text: str, message: str, refused):
     """Exit code 2, and what is wrong."""
     (tmp_path / "job.toml").write_text(text)
-    with pytest.raises(SystemExit) as stop:
-        runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
-    assert not (tmp_path / "job").exists()
+    assert message in refused()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--seed 9", "--seed"),
+        ("--seed=9", "--seed"),
+        ("--gamma 0.9 '--seed' 9", "--seed"),
+        ("--env-id X", "--env-id"),
+        ("--env_id=X", "--env-id"),
+        ("--num-threads 2", "--num-threads"),
+        ("--num_threads=2", "--num-threads"),
+        ("--run-dir x", "--run-dir"),
+        ("--resume x", "--resume"),
+    ],
+)
+def test_flags_that_the_runner_sets(tmp_path: Path, flag: str, name: str, refused):
+    """Neither the command line nor flags, extra or variants of the job file may name what the runner sets itself."""
+    job = 'env_ids = ["Ant-4x2", "Ant-2x4"]\nseeds = [1]\nalgorithms = ["happo"]\n'
+    (tmp_path / "job.toml").write_text(job)
+    message = f"{tmp_path}/job.toml: flags have {name}, which run.py sets itself"
+    assert refused(flags=flag) == message
+    for text in (
+        f'flags = "{flag}"',
+        f'[[extra]]\nenv_ids = ["Ant-2x4"]\nflags = "{flag}"',
+        f'[[variants]]\nname = "x"\nalgorithm = "mappo"\nflags = "{flag}"',
+    ):
+        (tmp_path / "job.toml").write_text(job + text)
+        assert refused() == message
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--tyro-print-completion bash"])
+def test_flags_that_start_no_run(tmp_path: Path, flag: str, refused):
+    """A script that would print its help instead of training is refused, and its help not printed."""
+    (tmp_path / "job.toml").write_text(GOOD + 'algorithms = ["happo"]')
+    message = refused(flags=flag)
+    assert message.startswith(f"{tmp_path}/job.toml: happo: {flag} --env-id Ant-4x2 --seed 1 ")
+    assert message.endswith(" starts no run")
+
+
+def test_the_runner_without_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Slurm is asked for where there is none: one line, exit code 2."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_job(tmp_path, 512)
+    with pytest.raises(SystemExit, match="2"):
+        runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, slurm="cpu"))
+    err = capsys.readouterr().err
+    assert err.startswith('error: --slurm cpu: Could not detect "srun"') and err.count("\n") == 1
+
+
+def test_names_of_environments(tmp_path: Path):
+    """A run has no "|" in its name, but the command line knows the environment by both names."""
+    write_job(tmp_path, 512, env_ids='["Humanoid-9|8", "Ant-4x2"]')
+    jobs = runner.read_jobs(tmp_path / "job.toml", tmp_path)
+    for env_id in ("Humanoid-9|8", "Humanoid-9p8"):
+        args = runner.Args(tmp_path / "job.toml", env_ids=(env_id,))
+        (job,) = runner.select(jobs, args)
+        assert job.run_dir.name == "Humanoid-9p8__happo__1" and job.args.env_id == "Humanoid-9|8"
+
+
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_runs_in_a_file(tmp_path: Path, below: str, refused):
+    """The directory of the runs is a file or lies below one: one line that names it, and nothing is started."""
+    write_job(tmp_path, 512)
+    (tmp_path / "file").write_text("x")
+    runs = tmp_path / "file" / below
+    assert refused(runs=runs) == f"--runs {runs}: {runs}/job: Not a directory"
+
+
+def test_runs_where_a_file_is(tmp_path: Path, refused):
+    """The job's own directory is a file, or submitit's."""
+    write_job(tmp_path, 512)
+    (tmp_path / "job").write_text("x")
+    assert refused() == f"--runs {tmp_path}: {tmp_path}/job: File exists"
+    (tmp_path / "job").unlink()
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "submitit").write_text("x")
+    assert refused() == f"--runs {tmp_path}: {tmp_path}/job/submitit: File exists"
+
+
+@pytest.mark.parametrize(
+    ("records", "chosen", "complaint"),
+    [
+        (None, (), "reference has no recorded runs"),
+        ([], (), "reference has no recorded runs"),
+        (["Reacher-2x1__happo"], (), "reference has no recorded runs"),
+        (["Ant-4x2__happo__1"], (), "has no environment and algorithm of these jobs"),
+        (["Reacher-2x1__ippo__1"], (), "has no environment and algorithm of these jobs"),
+        (["Reacher-2x1__mappo__1"], ("happo",), "has no environment and algorithm of these jobs"),
+        (["Reacher-2x1__happo__1", "damaged"], (), "Ant-4x2__happo__1.csv is no record of a run: "),
+    ],
+)
+def test_nothing_runs_that_cannot_be_compared(
+    tmp_path: Path, records: list[str] | None, chosen: tuple[str, ...], complaint: str, refused
+):
+    """No directory, no records in it, none of the jobs' tasks or algorithms, a damaged one: refused before training."""
+    write_job(tmp_path, 512, more='[[variants]]\nname = "mappo"\nalgorithm = "mappo"')
+    reference = tmp_path / "reference"
+    if records is not None:
+        reference.mkdir()
+        for run in records:
+            write_record(reference, run, {20_000: 1}, 20_000)
+        if "damaged" in records:
+            (reference / "Ant-4x2__happo__1.csv").write_text("x")
+    assert complaint in refused(compare=reference, algorithms=chosen)
+
+
+def test_runner_compares_finished_runs(tmp_path: Path, run_jobs):
+    """It exits with 1 if another number of steps, or fewer than two runs, leave nothing to compare."""
+    write_job(tmp_path, 10_000)
+    path = tmp_path / "job.toml"
+    path.write_text(path.read_text().replace("seeds = [1]", "seeds = [1, 2]"))
+    reference = tmp_path / "reference"
+    for job in runner.read_jobs(path, tmp_path):
+        job.run_dir.mkdir(parents=True)
+        write_log(job.run_dir, 0, 20_000, offset=job.args.seed)
+        state = {"step": 20_000, "script": "happo_mamujoco", "args": asdict(job.args)}
+        torch.save(state, job.run_dir / "checkpoint.pt")
+        write_record(reference, job.run_dir.name, {20_000: 40 + job.args.seed}, 20_000)
+    code, lines = run_jobs(compare=reference)
+    assert code == 0 and lines[-1].startswith("Reacher-2x1 happo: within the noise: +0 ")
+    (reference / "Reacher-2x1__happo__2.csv").unlink()
+    code, lines = run_jobs(compare=reference)
+    assert code == 1 and lines[-1] == "nothing could be compared"
+    assert lines[-2].startswith("Reacher-2x1 happo: fewer than two runs ")
+    for seed in (1, 2):
+        write_record(reference, f"Reacher-2x1__happo__{seed}", {20_000: 40}, 30_000)
+    code, lines = run_jobs(compare=reference)
+    assert code == 1 and lines[-1] == "nothing could be compared"
+    assert lines[-2] == "Reacher-2x1 happo: not compared: the runs have from 20,000 to 30,000 steps"
+
+
+WORKERS = """
+import importlib, os, sys
+
+sys.path.insert(0, sys.argv[1])
+import run
+
+print(run.Args("x").workers)
+os.sched_setaffinity(0, [int(sys.argv[2])])
+print(importlib.reload(run).Args("x").workers)
+del os.sched_getaffinity
+print(importlib.reload(run).Args("x").workers)
+"""
+
+
+def test_default_number_of_workers():
+    """A job per CPU that the process may use; where the system does not say which, per CPU of the machine."""
+    cpus = os.sched_getaffinity(0)
+    command = [sys.executable, "-c", WORKERS, ROOT / "benchmark", str(min(cpus))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(cpus)), "1", str(os.cpu_count())]
+
+
+MINE = """
+import gymnasium
+
+entry_point = "gymnasium.envs.mujoco.hopper_v5:HopperEnv"
+gymnasium.register("Mine-v0", entry_point, max_episode_steps=100)
+"""
+
+
+def test_runs_of_an_environment_with_a_module(
+    tmp_path: Path, run_jobs, run_plot, monkeypatch: pytest.MonkeyPatch
+):
+    """Only a resumed run gets --allow-import; it goes on, is finished then, and its record has the module's name."""
+    (tmp_path / "some_module.py").write_text(MINE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_job(tmp_path, 256, env_ids='["some_module:Mine-v0-3x1"]')
+    run = tmp_path / "job" / "some_module:Mine-v0-3x1__happo__1"
+    code, lines = run_jobs()
+    assert code == 0 and f"{run.name}: step 256 " in lines[1] and step_of(run) == 256
+    code, lines = run_jobs(flags="--total-timesteps 384")
+    assert code == 0 and f"{run.name}: step 384 " in lines[1] and step_of(run) == 384
+    first, second = [start["command"] for start in starts(run)]
+    assert first[-2:] == ["--run-dir", str(run)] and "--allow-import" not in first
+    assert second[-3:] == ["--resume", str(run), "--allow-import"] and "--run-dir" not in second
+    assert run_jobs()[1][0] == "1 jobs, 1 finished before"
+    assert run_plot("record", run.parent, tmp_path / "results")[::2] == (0, [])
+    assert list(plot.load(tmp_path / "results")) == [("some_module:Mine-v0-3x1", "happo")]
+
+
+@pytest.mark.parametrize("env_id", ["other_module:Mine-v0-3x1", "Ant-4x2"])
+def test_another_module_is_not_imported(
+    tmp_path: Path, env_id: str, run_jobs, monkeypatch: pytest.MonkeyPatch
+):
+    """A checkpoint in a run's place that names a module, but not the job's, is a failure and never resumed."""
+    for module in ("some_module", "other_module"):
+        text = f"open({str(tmp_path / 'imported')!r}, 'w')\n" + MINE
+        (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_job(tmp_path, 512, env_ids=f'["{env_id}"]')
+    (job,) = runner.read_jobs(tmp_path / "job.toml", tmp_path)
+    job.run_dir.mkdir(parents=True)
+    args = asdict(job.args) | {"env_id": "some_module:Mine-v0-3x1"}
+    state = {"step": 128, "script": "happo_mamujoco", "args": args}
+    torch.save(state, job.run_dir / "checkpoint.pt")
+    code, lines = run_jobs()
+    begun = f"begun with env_id some_module:Mine-v0-3x1, not {env_id}; "
+    assert code == 1 and lines[0].startswith(f"{job.run_dir.name}: FAILED: {begun}")
+    assert not (tmp_path / "imported").exists()
+    assert not Path(f"{job.run_dir}.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["figure3", "figure4"])
