@@ -323,8 +323,8 @@ class NormalizedEnv:
         """Start all episodes. Raises ValueError if `vec` is not as docs/your_environment.md says."""
         if vec.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError("the vector environment's autoreset_mode must be SAME_STEP")
-        if not vec.single_action_space.is_bounded():
-            raise ValueError("the vector environment's actions must have finite ranges")
+        if not vec.single_action_space.is_bounded() or len(vec.single_observation_space.shape) != 1:
+            raise ValueError("the vector environment needs flat observations and bounded actions")
         self.vec = vec
         self.obs_rms = RunningMeanStd(shape=vec.single_observation_space.shape)
         self.returns = np.zeros(vec.num_envs)  # of the running episodes
@@ -397,8 +397,7 @@ class NormalizedEnv:
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
     """Play one episode without noise in each environment of `vec`, with frozen statistics."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
-    returns = np.zeros(vec.num_envs)
-    lengths = np.zeros(vec.num_envs)
+    returns, lengths = np.zeros((2, vec.num_envs))
     running = np.ones(vec.num_envs, dtype=bool)
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
@@ -546,16 +545,15 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         try:
             import wandb
 
-            run = wandb.init(
+            args.wandb_run_id = wandb.init(
                 name=run_dir.name,
                 id=args.wandb_run_id or None,
                 resume="allow",
                 config=asdict(args),
                 sync_tensorboard=True,
-            )
+            ).id
         except Exception as e:  # wandb is missing, or nobody has logged in
             fail(f"--track needs `pip install wandb` and `wandb login`: {e}")
-        args.wandb_run_id = run.id
     try:
         run_dir.mkdir(parents=True, exist_ok=args.run_dir == args.resume)
     except OSError as e:

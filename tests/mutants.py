@@ -59,6 +59,7 @@ ORDER = (
     "other_envs",
     "evaluate",
     "device",
+    "your_environment",
     "learning",
 )
 TIME_LIMIT = 900  # seconds for the tests of one fault: what takes longer hangs
@@ -336,7 +337,7 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("the critic's rate not annealed", ON_POLICY, "= lr_scale * args.critic_learning_rate", "= args.critic_learning_rate"),
     ],
     "runs: track or wandb": [
-        ("wandb run id not kept", ON_POLICY, "        args.wandb_run_id = run.id\n", ""),
+        ("wandb run id not kept", ON_POLICY, "args.wandb_run_id = wandb.init(", "run_id = wandb.init("),
         ("wandb run id not given", ON_POLICY, "id=args.wandb_run_id or None,", "id=None,"),
         ("directory left when --track fails", ON_POLICY, "    run_dir = Path(args.run_dir)\n", "    run_dir = Path(args.run_dir)\n    run_dir.mkdir(parents=True, exist_ok=True)\n"),
     ],

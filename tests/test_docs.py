@@ -54,6 +54,8 @@ def commands() -> dict[str, Path]:
     """The commands in the pages' code blocks, each once, and a page that has it."""
     found = {}
     for page in PAGES:
+        if page.name == "your_environment.md":  # tests/test_your_environment.py
+            continue
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
