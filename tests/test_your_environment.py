@@ -118,7 +118,7 @@ def test_an_example_trains_evaluates_and_resumes(
     name: str, here: Path, capsys: pytest.CaptureFixture
 ):
     """Half a run, resumed, is the whole one to the last bit; a wrapper hides the state, so there new episodes start."""
-    flags = [*SMALL, *EXAMPLES[name], "--eval-interval", 100]
+    flags = [*SMALL, *EXAMPLES[name], "--eval-interval", 200]
     command_line(here / name, *flags, "--total-timesteps", 400, "--run-dir", "whole")
     command_line(here / name, *flags, "--total-timesteps", 200, "--run-dir", "half")
     capsys.readouterr()
@@ -127,7 +127,7 @@ def test_an_example_trains_evaluates_and_resumes(
     notice = "this environment's state cannot be saved: new episodes start here"
     assert (notice in capsys.readouterr().out) == ("swimmer" in name)
     log = scalars(Path("half"))
-    assert [step for step, _ in log["eval/episodic_return"]] == [100, 200, 300, 400]
+    assert [step for step, _ in log["eval/episodic_return"]] == [200, 400]
     if "swimmer" not in name:
         assert differences(newest(Path("whole")), newest(Path("half"))) == []
         assert scalars(Path("whole")) == log
@@ -226,9 +226,9 @@ def random_returns(module: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("happo_spread", ["--total-timesteps", 20_000, "--learning-rate", 2e-3]),
-        ("happo_discrete", ["--total-timesteps", 10_000, "--learning-rate", 2e-3]),
-        ("mappo_discrete", ["--total-timesteps", 10_000, "--learning-rate", 2e-3]),
+        ("happo_spread", ["--total-timesteps", 12_000, "--learning-rate", 4e-3]),
+        ("happo_discrete", ["--total-timesteps", 6_000, "--learning-rate", 4e-3]),
+        ("mappo_discrete", ["--total-timesteps", 6_000, "--learning-rate", 4e-3]),
         ("hatrpo_discrete", ["--total-timesteps", 10_000]),
     ],
 )
