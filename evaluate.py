@@ -85,7 +85,7 @@ class Policy:
         # A shared actor's obs_ids point to these two constants, for padding and the one-hot agent id.
         obs = torch.cat([obs, torch.tensor([0.0, 1.0]).expand(len(obs), 2)], dim=1)
         actions = torch.zeros(len(obs), sum(map(len, self.act_ids)))
-        for net, obs_ids, act_ids in zip(self.nets, self.obs_ids, self.act_ids):
+        for net, obs_ids, act_ids in zip(self.nets, self.obs_ids, self.act_ids, strict=True):
             actions.index_copy_(1, torch.tensor(act_ids), net(obs[:, obs_ids]))  # no broadcast
         if self.tanh:
             actions = actions.tanh()

@@ -187,6 +187,10 @@ def _make_gymnasium_vec(
             f"{gym_id} is not a Gymnasium MujocoEnv with a flat observation, so it cannot be partitioned"
         )
     model = env.unwrapped.model
+    if not isinstance(env.action_space, gym.spaces.Box):
+        raise ValueError(
+            f"{gym_id} has actions {env.action_space}: it needs a Box with one entry for each actuator"
+        )
     if env.action_space.shape != (model.nu,):
         raise ValueError(
             f"{gym_id} has {model.nu} actuators, but actions {env.action_space}: "

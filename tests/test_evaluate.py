@@ -168,6 +168,14 @@ def test_a_directory_plays_its_newest_state(finished: Path, tmp_path: Path):
     assert play_kept(tmp_path / "longer", episodes=3, seed=1)[0].mean() == old
 
 
+def test_a_run_without_a_model_plays_its_checkpoint(tmp_path: Path):
+    """A kill before the first model.pt: the score is that of the whole run."""
+    expected = train("happo", tmp_path / "run")
+    (tmp_path / "run" / "model.pt").unlink()
+    returns, _ = play_kept(tmp_path / "run", episodes=3, seed=1)
+    assert returns.mean() == expected["eval/episodic_return"]
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "benchmark/models").glob("*.pt")), ids=lambda path: path.stem
 )
@@ -314,7 +322,20 @@ def test_files_that_are_no_models(
             path.unlink()
     policy = model["policy"]
     weight, bias = policy["actors.1.net.2.weight"], policy["actors.1.net.4.bias"]
+    mean, var, count = model["obs_rms"]
+    nan = float("nan")
     changes = [
+        {"obs_ids": model["obs_ids"][:1]},
+        {"obs_ids": [*model["obs_ids"], [0]]},
+        {"obs_ids": [[float(i) for i in ids] for ids in model["obs_ids"]]},
+        {"act_ids": [["0"], ["1"]]},
+        {"act_ids": "01"},
+        {"act_ids": [[0.0], [1.0]]},
+        {"obs_rms": [[*mean[:-1], nan], var, count]},
+        {"obs_rms": [mean, [*var[:-1], nan], count]},
+        {"obs_rms": [mean, [*var[:-1], float("inf")], count]},
+        {"policy": policy | {"actors.1.net.2.weight": weight * nan}},
+        {"policy": policy | {"actors.0.log_std": torch.tensor([torch.inf])}},
         {"obs_ids": [[0, 99], [1, 2]]},
         {"obs_ids": [[0], [1]]},
         {"act_ids": [[0], [7]]},
@@ -362,6 +383,10 @@ def test_models_of_other_robots(model: dict, tmp_path: Path, capsys: pytest.Capt
     file = tmp_path / "model.pt"
     for env_id, message in (
         ("Nothing-v0-2x1", "unknown env_id 'Nothing-v0-2x1'"),
+        (7, "unknown env_id '7'"),
+        (None, "unknown env_id 'None'"),
+        (["Reacher-2x1"], "unknown env_id "),
+        (["module:Reacher-2x1"], "['module:Reacher-2x1'] imports a module"),
         ("Reacher-9x9", "Reacher has no partition '9x9'"),
         ("Swimmer-2x1", "Swimmer-2x1 has changed since this model was made"),
         ("Reacher-[[1],[0]]", "Reacher-[[1],[0]] has changed since this model was made"),
@@ -449,6 +474,24 @@ def test_films_are_not_overwritten(
     error = error_of(capsys, finished, video=str(tmp_path / "film"))
     assert f"--video {tmp_path / 'film'}: {tmp_path / 'film'}{suffix} exists already" in error
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("names", [("egl", "osmesa"), ("nonsense", "rubbish")], ids=" ".join)
+def test_an_empty_variable_is_none(names: tuple, monkeypatch: pytest.MonkeyPatch):
+    """With MUJOCO_GL="" the same is found, or not found, as without it."""
+    monkeypatch.setattr(evaluate, "GL_BACKENDS", names)
+    found = []
+    for value in (None, ""):
+        if value is None:
+            monkeypatch.delenv("MUJOCO_GL", raising=False)
+        else:
+            monkeypatch.setenv("MUJOCO_GL", value)
+        try:
+            found.append(find_gl_backend())
+        except RuntimeError as e:
+            found.append(str(e))
+    assert found[0] == found[1]
+    assert found[1] in names or found[1].startswith(f"{names[0]} and {names[1]} cannot draw here")
 
 
 def test_no_display_says_what_to_install(

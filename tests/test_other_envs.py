@@ -1,6 +1,8 @@
 """The scripts on vector environments that have nothing to do with envs/: one line of a copied script changes."""
 
 import importlib
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import newest, resume
-from test_scripts import ROOT, command_line, error_of
+from test_scripts import ROOT, command_line, error_of, train
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -113,6 +115,64 @@ def test_next_step_autoreset_is_refused(
     error = error_of(capsys, 2, copy, *FLAGS.split(), "--run-dir", "run")
     assert error.startswith("error: the vector environment's autoreset_mode must be SAME_STEP")
     assert not Path("run").exists()
+
+
+class EndlessEnv(PointEnv):
+    """Step t gives environment i a reward of (i + 1) t; the first one's episodes have 3 steps, the others never end."""
+
+    def step(self, actions: np.ndarray) -> tuple:
+        obs, *_ = super().step(actions)
+        rewards = self.t * np.arange(1.0, self.num_envs + 1)
+        ended = np.arange(self.num_envs) == 0
+        ended &= self.t % 3 == 0
+        infos = {"final_obs": np.array([*obs, None], dtype=object)[:-1], "_final_obs": ended}
+        never = np.zeros(self.num_envs, dtype=bool)
+        return obs, rewards, ended, never, infos if ended.any() else {}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_evaluation_ends_where_episodes_do_not(
+    name: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """After MAX_EPISODE_STEPS: the terminal says how many were cut, the returns are those of the steps until then."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "MAX_EPISODE_STEPS", 7)
+    monkeypatch.setattr(
+        envs, "make_vec", lambda env_id, num_envs, *_: EndlessEnv(num_envs, AutoresetMode.SAME_STEP)
+    )
+    train(script, tmp_path / "run", total_timesteps=128, eval_episodes=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("evaluation: 3 episodes were cut after 7 steps") == 1
+    returns = [1 + 2 + 3, 2 * 28, 3 * 28, 4 * 28]  # 1 + 2 + ... + 7 = 28
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    logged = {tag: log.Scalars(f"eval/episodic_{tag}")[-1].value for tag in ("return", "length")}
+    assert logged == {"return": sum(returns) / 4, "length": (3 + 7 + 7 + 7) / 4}
+    (std,) = log.Scalars("eval/episodic_return_std")
+    assert std.value == np.float32(np.std(returns))
+
+
+def test_envs_can_be_a_package_inside_another(tmp_path: Path):
+    """A copy of envs/ as rl/envs/ makes environments, without a module `envs`."""
+    shutil.copytree(ROOT / "envs", tmp_path / "rl" / "envs")
+    (tmp_path / "rl" / "__init__.py").touch()
+    program = [
+        "import sys",
+        "import rl.envs",
+        "vec = rl.envs.make_vec('Hopper-3x1', 2, num_threads=1)",
+        "obs, _ = vec.reset(seed=0)",
+        "obs, *_ = vec.step(vec.action_space.sample())",
+        "print(obs.shape, vec.partition.num_agents, 'envs' in sys.modules)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "; ".join(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "(2, 11) 3 False\n"
 
 
 # An environment that hands out the same array every step

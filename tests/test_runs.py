@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import os
 import resource
 import shlex
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,11 +34,14 @@ from test_scripts import (
     train,
     words,
 )
+from test_tasks import TWO_ARMS, TwoArmsEnv
 
 import envs
+import evaluate
 
 pytestmark = pytest.mark.slow  # whole runs and processes
 
+EVALUATE = ROOT / "evaluate.py"
 ITERATION = 128  # environment steps, with the flags of SMALL and in `train`
 TIMES = {"charts/SPS"}
 
@@ -154,6 +158,74 @@ def test_environments_go_on_from_their_state(env_id: str):
     assert ended >= 2 or "elapsed_steps" not in state
     with pytest.raises(ValueError):
         envs.make_vec(env_id, 2).set_state(state)
+
+
+class ShakenArmsEnv(TwoArmsEnv):
+    """A robot whose resets change its model: gravity, the time step, and in half of them where the left arm is."""
+
+    def reset_model(self) -> np.ndarray:
+        self.model.opt.gravity[2] = -self.np_random.uniform(1, 20)
+        self.model.opt.timestep = self.np_random.uniform(0.001, 0.02)
+        if self.np_random.random() < 0.5:
+            self.model.body_pos[2, 2] += 0.3
+        return super().reset_model()
+
+    def step(self, action: np.ndarray) -> tuple:
+        obs, *_ = super().step(action)
+        return obs, float(self.data.xpos[2, 2]), False, False, {}
+
+
+@pytest.fixture
+def shaken_arms(tmp_path: Path) -> Iterator[None]:
+    """Register it for one test."""
+    file = tmp_path / "two_arms.xml"
+    file.write_text(TWO_ARMS)
+    kwargs = {"xml_file": str(file)}
+    gym.register("ShakenArms-v0", ShakenArmsEnv, max_episode_steps=7, kwargs=kwargs)
+    yield
+    del gym.registry["ShakenArms-v0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+@pytest.mark.parametrize(
+    "env_id", ["ShakenArms-v0-2x1", "gymnasium_robotics:AdroitHandDoor-v1-1x28"]
+)
+def test_what_resets_change_in_a_model_goes_on(env_id: str, shaken_arms: None):
+    """Saved in its second episode, a robot with changing models goes on to the last bit, also in later episodes."""
+    rng = np.random.default_rng(0)
+    vec = envs.make_vec(env_id, 4)
+    other = envs.make_vec(env_id, 4)
+
+    def actions() -> np.ndarray:
+        return rng.uniform(vec.action_space.low, vec.action_space.high).astype(np.float32)
+
+    def check_that_both_go_on(steps: int) -> None:
+        for _ in range(steps):
+            a = actions()
+            for x, y in zip(vec.step(a)[:4], other.step(a)[:4]):
+                np.testing.assert_array_equal(x, y)
+
+    vec.reset(seed=1)
+    vec.step(actions())
+    vec.reset()
+    vec.step(actions())
+    other.reset(seed=4)
+    if env_id.startswith("Shaken"):
+        moved = np.array([env.unwrapped.model.body_pos[2, 2] > 0 for env in vec.envs])
+        others = np.array([env.unwrapped.model.body_pos[2, 2] > 0 for env in other.envs])
+        # What the other's reset has changed has to be undone somewhere, and made elsewhere.
+        assert (others & ~moved).any()
+        assert (moved & ~others).any()
+    file = io.BytesIO()
+    torch.save(vec.get_state(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other.set_state(state)
+    assert differences(other.get_state(), state) == []
+    check_that_both_go_on(10)
+    np.testing.assert_array_equal(vec.reset()[0], other.reset()[0])
+    check_that_both_go_on(5)
+    assert differences(other.get_state(), vec.get_state()) == []
 
 
 @pytest.mark.parametrize(
@@ -274,6 +346,69 @@ def test_a_torn_checkpoint_is_refused(damage: str, copied: Path, capsys: pytest.
     assert {path: path.read_bytes() for path in copied.iterdir()} == before
 
 
+def test_a_flipped_bit_is_refused_or_means_nothing(
+    copied: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """At 30 places: `--resume` and evaluate.py say so in one line, or have read what the intact file has."""
+    script = importlib.import_module("happo_mamujoco")
+    file = copied / "checkpoint.pt"
+    intact = newest(copied)
+    intact["args"]["run_dir"] = "run"  # the same places whatever the directory is
+    torch.save(intact, file)
+    content = file.read_bytes()
+    read = []
+    load_model = evaluate.load_model
+    monkeypatch.setattr(
+        evaluate, "load_model", lambda path: read.append(load_model(path)) or read[-1]
+    )
+    monkeypatch.setattr(sys, "argv", ["happo_mamujoco.py", "--resume", str(copied)])
+    rng = np.random.default_rng(0)
+    refused = []
+    for place in rng.integers(len(content), size=30):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        file.unlink()  # the last one may still be mapped into the memory
+        file.write_bytes(damaged)
+        for program in ("--resume", "evaluate.py"):
+            capsys.readouterr()
+            try:
+                if program == "--resume":
+                    read.append(script.parse_args()[1])
+                else:
+                    evaluate.main(evaluate.Args(copied, episodes=1, num_threads=1))
+            except SystemExit as stop:
+                error = capsys.readouterr().err
+                assert stop.code == 2
+                assert error.startswith("error: ") and error.count("\n") == 1
+                refused.append(program)
+            else:
+                assert differences(read[-1], intact) == []
+                assert read[-1]["args"] == intact["args"]
+    assert 15 <= refused.count("--resume") == refused.count("evaluate.py") < 30
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_checkpoint_without_a_network_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """One agent's network is not there: one line, and nothing is touched."""
+    run_dir = tmp_path / "run"
+    flags = {"buffer_size": 1000} if name == "maddpg_mamujoco" else {}
+    train(importlib.import_module(name), run_dir, **flags)
+    checkpoint = newest(run_dir)
+    policy = checkpoint["policy"].items()
+    checkpoint["policy"] = {key: x for key, x in policy if not key.startswith("actors.1.")}
+    torch.save(checkpoint, run_dir / "checkpoint.pt")
+    before = {file: file.read_bytes() for file in run_dir.iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command_line(ROOT / f"{name}.py", "--resume", run_dir, "--total-timesteps", 4 * ITERATION)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error == f"error: --resume {run_dir}: Reacher-2x1 has changed (RuntimeError)\n"
+    assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
+
+
 def test_a_hostile_checkpoint_runs_nothing(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -290,6 +425,66 @@ def test_a_hostile_checkpoint_runs_nothing(
     assert not bait.exists()
     torch.load(file, weights_only=False)  # the bait works
     assert bait.exists()
+
+
+MODULE = """
+import pathlib
+
+import gymnasium as gym
+
+pathlib.Path(__file__).with_name("bait").touch()
+gym.register("Mine-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv", max_episode_steps=9)
+"""
+
+
+def forget(bait: Path) -> None:
+    """Make as if some_module had never been imported."""
+    bait.unlink(missing_ok=True)
+    sys.modules.pop("some_module", None)
+    gym.registry.pop("Mine-v0", None)
+
+
+@pytest.fixture
+def bait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that is there as soon as some_module, which registers a robot, is imported."""
+    (tmp_path / "some_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "bait"
+    forget(tmp_path / "bait")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_file_imports_a_module_only_if_allowed(
+    name: str, bait: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The user's --env-id may import one; what a checkpoint or a model names needs --allow-import, every time."""
+    script = ROOT / f"{name}.py"
+    env_id = "some_module:Mine-v0-3x1"
+    run_dir = tmp_path / "run"
+    files = run_dir, run_dir / "checkpoint.pt", run_dir / "model.pt"
+    command_line(script, *TINY, "--env-id", env_id, "--run-dir", run_dir)
+    assert bait.exists()
+    for step in (384, 512):  # the second time, the arguments in the checkpoint allow it
+        resumed = "--resume", run_dir, "--total-timesteps", step
+        forget(bait)
+        before = {file: file.read_bytes() for file in run_dir.iterdir()}
+        error = error_of(capsys, 2, script, *resumed)
+        assert error == f"error: --resume {run_dir}: its env_id {env_id} needs --allow-import\n"
+        for file in files:
+            error = error_of(capsys, 2, EVALUATE, file, "--episodes", 2)
+            assert error.startswith(f"error: {file}: {env_id} imports a module; ")
+            assert error.endswith(" add --allow-import\n")
+        assert not bait.exists()
+        assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
+        command_line(script, *resumed, "--allow-import")
+        assert bait.exists()
+        assert newest(run_dir)["step"] == step
+    for file in files:
+        forget(bait)
+        capsys.readouterr()
+        command_line(EVALUATE, file, "--episodes", 2, "--allow-import")
+        assert capsys.readouterr().out.startswith(f"{env_id}, 2 episodes, seed 0: return mean ")
+        assert bait.exists()
 
 
 @pytest.mark.parametrize("content", [{}, [], 7, {"script": "happo_mamujoco"}, torch.zeros(3)])
@@ -374,19 +569,31 @@ def test_flags_beside_resume_replace_the_runs(copied: Path, tmp_path: Path):
     assert args["ent_coef"] == 0.0
     assert args["learning_rate"] == 1e-5
     assert args["critic_learning_rate"] == checkpoint["args"]["critic_learning_rate"]
-    steps, rates = zip(*scalars(other)["charts/learning_rate"])
-    assert steps == (640, 768)
-    assert rates == pytest.approx([1e-5, 1e-5])
+    assert [step for step, _ in scalars(other)["losses/value_loss"]] == [640, 768]
+    assert newest(other)["actor_optimizer"]["param_groups"][0]["lr"] == 1e-5
 
 
-def test_annealing_follows_the_total_in_force(tmp_path: Path):
-    """The rate falls to 0 at --total-timesteps; an extended run takes the line to its new end."""
+def test_annealing_follows_the_total_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The rates fall to 0 at --total-timesteps; an extended run takes the line to its new end."""
     script = importlib.import_module("happo_mamujoco")
+    rates = {"happo_update": [], "critic_update": []}
+
+    def record(name: str) -> None:
+        update = getattr(script, name)
+
+        def recorded(network: object, optimizer: torch.optim.Adam, *args: object) -> object:
+            rates[name].append(optimizer.param_groups[0]["lr"])
+            return update(network, optimizer, *args)
+
+        monkeypatch.setattr(script, name, recorded)
+
+    record("happo_update")
+    record("critic_update")
     train(script, tmp_path / "run", total_timesteps=2 * ITERATION, anneal_lr=True)
     resume(script, tmp_path / "run", total_timesteps=4 * ITERATION)
-    _, rates = zip(*scalars(tmp_path / "run")["charts/learning_rate"])
-    rates = np.array(rates) / script.Args().learning_rate
-    np.testing.assert_allclose(rates, [1, 1 / 2, 1 / 2, 1 / 4], rtol=1e-6)
+    shares = np.array([1, 1 / 2, 1 / 2, 1 / 4])
+    np.testing.assert_allclose(rates["happo_update"], shares * script.Args().learning_rate)
+    np.testing.assert_allclose(rates["critic_update"], shares * script.Args().critic_learning_rate)
 
 
 # Stopping

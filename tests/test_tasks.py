@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,9 @@ import mujoco
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete, MultiDiscrete, Space
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import TimeAwareObservation, TimeLimit
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
 from gymnasium_robotics.envs.multiagent_mujoco.coupled_half_cheetah import CoupledHalfCheetahEnv
@@ -552,17 +553,43 @@ class TwoArmsEnv(MujocoEnv):
 
 
 @pytest.fixture
-def two_arms(tmp_path):
-    """Register the user's robot for one test."""
-    (tmp_path / "two_arms.xml").write_text(TWO_ARMS)
-    gym.register(
-        "TwoArms-v0",
-        TwoArmsEnv,
-        max_episode_steps=7,
-        kwargs={"xml_file": str(tmp_path / "two_arms.xml")},
-    )
-    yield "TwoArms-v0"
-    del gym.registry["TwoArms-v0"]
+def register_arms(tmp_path):
+    """Register the user's robot for one test: as it is, or with another class, XML or wrappers."""
+
+    def register(make: Callable = TwoArmsEnv, xml: str = TWO_ARMS, **spec: object) -> str:
+        file = tmp_path / "two_arms.xml"
+        file.write_text(xml)
+        kwargs = {"xml_file": str(file)}
+        gym.register("TwoArms-v0", make, max_episode_steps=7, kwargs=kwargs, **spec)
+        return "TwoArms-v0"
+
+    yield register
+    gym.registry.pop("TwoArms-v0", None)
+
+
+@pytest.fixture
+def two_arms(register_arms):
+    """The user's robot as it is."""
+    return register_arms()
+
+
+def assert_like_gym_make(vec: VectorEnv, gym_id: str) -> None:
+    """The second of two environments does what `gym.make` gives, through the end of an episode after 7 steps."""
+    obs, _ = vec.reset(seed=8)
+    single = gym.make(gym_id)
+    expected, _ = single.reset(seed=9)
+    for t in range(1, 10):
+        assert_same_bits(obs[1], expected)
+        obs, rewards, terminations, truncations, infos = vec.step(
+            np.full((2, 2), t / 10, np.float32)
+        )
+        expected, reward, _, truncated, _ = single.step(np.full(2, t / 10, np.float32))
+        assert rewards[1] == reward
+        assert terminations.tolist() == [False, False]
+        assert truncations.tolist() == [t == 7] * 2 == [truncated] * 2
+        if truncated:
+            assert_same_bits(infos["final_obs"][1], expected)
+            expected, _ = single.reset()
 
 
 @pytest.mark.parametrize(
@@ -578,21 +605,7 @@ def test_a_users_robot_works(two_arms, agent_obsk, obs_ids):
     vec = envs.make_vec(f"{two_arms}-2x1", 2, agent_obsk)
     assert [ids.tolist() for ids in vec.partition.act_ids] == [[0], [1]]
     assert [ids.tolist() for ids in vec.partition.obs_ids] == obs_ids
-    obs, _ = vec.reset(seed=8)
-    single = gym.make(two_arms)
-    expected, _ = single.reset(seed=9)
-    for t in range(1, 10):
-        assert_same_bits(obs[1], expected)
-        obs, rewards, terminations, truncations, infos = vec.step(
-            np.full((2, 2), t / 10, np.float32)
-        )
-        expected, reward, _, truncated, _ = single.step(np.full(2, t / 10, np.float32))
-        assert rewards[1] == reward
-        assert terminations.tolist() == [False, False]
-        assert truncations.tolist() == [t == 7] * 2 == [truncated] * 2
-        if truncated:
-            assert_same_bits(infos["final_obs"][1], expected)
-            expected, _ = single.reset()
+    assert_like_gym_make(vec, two_arms)
 
 
 def test_a_users_robot_is_found_in_its_module(tmp_path, monkeypatch):
@@ -624,8 +637,196 @@ def test_a_users_robot_must_describe_its_observation_to_be_split(two_arms, tmp_p
         envs.make_vec("CartPole-v1-1x1", 1)
 
 
+# A user's robot behind wrappers, and with other spaces
+
+
+class FirstFour(gym.ObservationWrapper):
+    """A wrapper that a user writes: the first four entries of the observation."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = Box(-np.inf, np.inf, (4,), np.float64)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return observation[:4]
+
+
+class OtherActions(gym.ActionWrapper):
+    """A wrapper that a user writes: both arms do the same, whatever the space of the actions."""
+
+    def __init__(self, env: gym.Env, space: Space) -> None:
+        super().__init__(env)
+        self.action_space = space
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return np.full(2, np.sum(action))
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "wrong"), [({"num_envs": 0}, "num_envs is 0"), ({"num_threads": -1}, "is -1")]
+    ("wrapper", "size"), [("TimeAwareObservation", 7), ("FirstFour", 4)], ids=["more", "less"]
+)
+def test_what_a_wrapper_shows_is_what_agents_see(register_arms, wrapper, size):
+    """Every agent sees all that gym.make's environment shows, whose entries are no longer known and state not saved."""
+    if wrapper == "FirstFour":
+        robot = register_arms(lambda **kwargs: FirstFour(TwoArmsEnv(**kwargs)))
+    else:
+        robot = register_arms(additional_wrappers=(TimeAwareObservation.wrapper_spec(),))
+    vec = envs.make_vec(f"{robot}-2x1", 2)
+    assert vec.single_observation_space.shape == (size,)
+    assert [ids.tolist() for ids in vec.partition.obs_ids] == [list(range(size))] * 2
+    assert_like_gym_make(vec, robot)
+    assert vec.get_state() is None
+    message = f"^{robot}: agent_obsk must be None, .* no longer the robot's own behind {wrapper}$"
+    with pytest.raises(ValueError, match=message):
+        envs.make_vec(f"{robot}-2x1", 2, agent_obsk=0)
+
+
+def test_the_wrappers_of_gym_make_hide_nothing(two_arms):
+    """Without further wrappers the robot is its own, and its state can be saved."""
+    vec = envs.make_vec(f"{two_arms}-2x1", 2, agent_obsk=0)
+    vec.reset(seed=0)
+    assert len(vec.get_state()) == 2
+
+
+@pytest.mark.parametrize(
+    "space",
+    [Box(-1, 1, (1,)), Box(-1, 1, (3,)), Box(-1, 1, (2, 1)), Discrete(2), MultiDiscrete([3, 3])],
+    ids=str,
+)
+def test_a_wrapper_that_changes_the_actions_is_refused(register_arms, space):
+    """An agent's actuators are entries of the action: one line says what the actions are."""
+    robot = register_arms(lambda **kwargs: OtherActions(TwoArmsEnv(**kwargs), space))
+    with pytest.raises(ValueError) as error:
+        envs.make_vec(f"{robot}-2x1", 2)
+    message = f"{robot} has 2 actuators, but actions {space}: it needs one entry for each actuator"
+    if not isinstance(space, Box):
+        message = f"{robot} has actions {space}: it needs a Box with one entry for each actuator"
+    assert str(error.value) == message
+
+
+def test_a_robot_whose_action_is_not_its_actuators_is_refused(register_arms):
+    """Three actuators, which the environment's own step drives with one number."""
+
+    class OneActionEnv(TwoArmsEnv):
+        def __init__(self, **kwargs: object) -> None:
+            super().__init__(**kwargs)
+            self.action_space = Box(-1, 1, (1,))
+
+    motor = '<motor joint="slide" ctrlrange="-2 2" ctrllimited="true"/>'
+    robot = register_arms(OneActionEnv, TWO_ARMS.replace("</actuator>", f"{motor}</actuator>"))
+    for partition in ("1x1", "3x1"):
+        with pytest.raises(ValueError, match=r"has 3 actuators, but actions .*\(1,\).*") as error:
+            envs.make_vec(f"{robot}-{partition}", 2)
+        assert str(error.value).endswith(": it needs one entry for each actuator")
+
+
+def test_infos_of_any_length_do_no_harm(register_arms):
+    """Arrays that grow from step to step, which Gymnasium's vectorisation cannot stack."""
+
+    class TalkativeArmsEnv(TwoArmsEnv):
+        def step(self, action: np.ndarray) -> tuple:
+            self.told += 1
+            return *super().step(action)[:4], {"trail": np.arange(self.told), "t": self.told}
+
+        def _get_reset_info(self) -> dict:
+            self.told = self.np_random.integers(5)
+            return {"trail": np.arange(self.told)}
+
+    robot = register_arms(TalkativeArmsEnv)
+    assert_like_gym_make(envs.make_vec(f"{robot}-2x1", 2), robot)
+
+
+# A user's robot that diverges
+
+
+@pytest.mark.parametrize("way", ["gear", "speed", "nan"])
+def test_diverged_users_robot_ends_alone(register_arms, way):
+    """When MuJoCo warns: a reward of 0, terminated, counted, a new episode of its own stream; no other is touched."""
+
+    class PaidArmsEnv(TwoArmsEnv):
+        def step(self, action: np.ndarray) -> tuple:
+            obs, reward, *rest = super().step(action)
+            return obs, reward + 5, *rest  # also in MuJoCo's default pose
+
+    gear = 300_000 if way == "gear" else 1
+    xml = TWO_ARMS.replace("<motor ", f'<motor gear="{gear}" ')
+    robot = register_arms(PaidArmsEnv, xml)
+    vec, untouched = envs.make_vec(f"{robot}-2x1", 3), envs.make_vec(f"{robot}-2x1", 3)
+    single = gym.make(robot)  # what the second environment does, until it diverges
+    warnings = single.unwrapped.data.warning
+    obs, _ = vec.reset(seed=20)
+    untouched.reset(seed=20)
+    expected, _ = single.reset(seed=21)
+    actions = np.zeros((3, 2), np.float32)
+    actions[1] = 1
+    diverged = 0
+    for t in range(6):
+        assert_same_bits(obs[1], expected)
+        if way != "gear" and t in (2, 4):
+            for env in (vec.envs[1], single):
+                env.unwrapped.data.qvel[:] = 1e12 if way == "speed" else np.nan
+        obs, rewards, terminations, truncations, infos = vec.step(actions)
+        others = untouched.step(0 * actions)
+        for i in (0, 2):
+            assert_same_bits(obs[i], others[0][i])
+            assert rewards[i] == others[1][i]
+        expected, reward, *_ = single.step(actions[1])
+        unstable = any(warning.number for warning in warnings)
+        diverged += unstable
+        assert terminations.tolist() == [False, unstable, False]
+        assert not truncations.any()
+        assert rewards[1] == (0 if unstable else reward)
+        assert vec.num_diverged == diverged
+        if unstable:
+            assert infos["_final_obs"].tolist() == [False, True, False]
+            assert np.isfinite(infos["final_obs"][1]).all()
+            expected, _ = single.reset()
+    assert diverged == 2
+    assert untouched.num_diverged == 0
+
+
+def diverge(vec: VectorEnv, i: int) -> None:
+    """Let one of the simulations be unstable in the next step."""
+    if hasattr(vec, "batch"):
+        vec.batch.qvel[i] = 1e12
+    else:
+        vec.envs[i].unwrapped.data.qvel[:] = 1e12
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-6x1", "Ant-4x2", "TwoArms-v0-2x1"])
+def test_divergence_is_silent_and_its_count_is_saved(env_id, two_arms, tmp_path, capfd):
+    """No word on the screen, no MUJOCO_LOG.TXT; environments that go on from the state go on counting."""
+    mujoco.set_mju_user_warning(None)
+    handler = mujoco.get_mju_user_warning()
+    vec, other = envs.make_vec(env_id, 3), envs.make_vec(env_id, 3)
+    vec.reset(seed=0)
+    other.reset(seed=1)
+    for i in (0, 2):
+        diverge(vec, i)
+    *_, terminations, _, _ = vec.step(np.zeros(vec.action_space.shape, np.float32))
+    assert terminations.tolist() == [True, False, True]
+    assert vec.num_diverged == 2
+    assert mujoco.get_mju_user_warning() is handler
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["two_arms.xml"]
+    other.set_state(vec.get_state())
+    assert other.num_diverged == 2
+    diverge(other, 1)
+    other.step(np.zeros(vec.action_space.shape, np.float32))
+    assert (other.num_diverged, vec.num_diverged) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "wrong"),
+    [
+        ({"num_envs": 0}, "num_envs is 0: it must be 1 to 100000$"),
+        ({"num_envs": 2**31}, "num_envs is 2147483648: it must be 1 to 100000$"),
+        ({"num_threads": -1}, "num_threads is -1: it must be 0"),
+        (
+            {"num_threads": 2**31},
+            r"num_threads is 2147483648: it must be 0 \(one per CPU\) to 1000$",
+        ),
+    ],
 )
 def test_wrong_sizes_are_errors(kwargs, wrong):
     """One line that says what would be right."""
