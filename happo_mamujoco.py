@@ -410,7 +410,7 @@ def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> d
     """Play one episode without noise in each environment of `vec`, with frozen statistics."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
     returns, lengths = np.zeros((2, vec.num_envs))
-    running = np.ones(vec.num_envs, dtype=bool)
+    running = np.full(vec.num_envs, True)
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
@@ -447,7 +447,8 @@ def parse_args() -> tuple[Args, dict | None]:
             path = Path(args.resume, "checkpoint.pt")
             if ZipFile(path).testzip():
                 fail(f"--resume {args.resume}: checkpoint.pt is damaged, a checksum is wrong")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            # mmap: these are the bytes that were checked; PyTorch's own reader obeys more flags.
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
             default = Args(**checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume})

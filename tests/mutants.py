@@ -322,9 +322,10 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
     ],
     "runs: hostile": [
         ("a module imported without --allow-import", ALL, 'if ":" in default.env_id and not args.allow_import:', "if False:"),
+        ("a checkpoint read otherwise than it was checked", ALL, "mmap=True, weights_only", "weights_only"),
         ("a damaged checkpoint accepted", ALL, "if ZipFile(path).testzip():", "if False:"),
         ("a checkpoint that does not fit is a traceback", ALL, "        except Exception as e:\n            fail(f\"--resume {args.resume}: {args.env_id} has", "        except ZeroDivisionError as e:\n            fail(f\"--resume {args.resume}: {args.env_id} has"),
-        ("a checkpoint may run code", ON_POLICY, 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+        ("a checkpoint may run code", ON_POLICY, 'map_location="cpu", mmap=True, weights_only=True', 'map_location="cpu", mmap=True, weights_only=False'),
     ],
     "runs: ctrl_c": [
         ("another exit code", ON_POLICY, "sys.exit(130)", "sys.exit(1)"),

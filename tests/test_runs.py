@@ -8,12 +8,14 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from zipfile import ZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -385,6 +387,25 @@ def test_a_flipped_bit_is_refused_or_means_nothing(
                 assert differences(read[-1], intact) == []
                 assert read[-1]["args"] == intact["args"]
     assert 15 <= refused.count("--resume") == refused.count("evaluate.py") < 30
+
+
+def test_a_directory_flag_changes_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bit 4 of a tensor's external attributes in the zip file makes PyTorch read no bytes, unless it maps the file."""
+    script = importlib.import_module("happo_mamujoco")
+    file = copied / "checkpoint.pt"
+    intact = newest(copied)
+    damaged = bytearray(file.read_bytes())
+    with ZipFile(file) as archive:
+        entry = archive.start_dir
+        for info in archive.infolist():
+            size = 46 + sum(struct.unpack_from("<HHH", damaged, entry + 28))
+            if "/data/" in info.filename:
+                damaged[entry + 38] ^= 1 << 4
+            entry += size
+    file.write_bytes(damaged)
+    monkeypatch.setattr(sys, "argv", ["happo_mamujoco.py", "--resume", str(copied)])
+    assert differences(script.parse_args()[1], intact) == []
+    assert differences(evaluate.load_model(copied), intact) == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
