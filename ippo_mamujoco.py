@@ -37,7 +37,7 @@ import envs
 
 SCRIPT = Path(__file__).stem
 KEPT = ("env_id", "agent_obsk", "num_envs", "hidden_sizes", "share_param")  # by a resumed run
-MAX_EPISODE_STEPS = 100_000  # of an evaluation
+MAX_EPISODE_STEPS = 100_000  # an evaluation cuts longer episodes
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -439,7 +439,7 @@ def parse_args() -> tuple[Args, dict | None]:
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
-            fail(f"--resume {args.resume}: its env_id {default.env_id} needs --allow-import")
+            fail(f"--resume {args.resume}: {default.env_id} imports code; add --allow-import to trust it")
         args = tyro.cli(Args, description=__doc__, default=default)
         for name in KEPT:
             if getattr(args, name) != getattr(default, name):
