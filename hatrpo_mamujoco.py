@@ -529,7 +529,7 @@ def parse_args() -> tuple[Args, dict | None]:
             path = Path(args.resume, "checkpoint.pt")
             if ZipFile(path).testzip():
                 fail(f"--resume {args.resume}: checkpoint.pt is damaged, a checksum is wrong")
-            # mmap: these are the bytes that were checked; PyTorch's own reader obeys more flags.
+            # Without mmap a flag that no checksum covers can change what PyTorch reads.
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
@@ -537,7 +537,7 @@ def parse_args() -> tuple[Args, dict | None]:
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
-            fail(f"--resume {args.resume}: {default.env_id} imports code; add --allow-import to trust it")
+            fail(f"--resume {args.resume}: {default.env_id} imports a module, see --allow-import")
         args = tyro.cli(Args, description=__doc__, default=default)
         for name in KEPT:
             if getattr(args, name) != getattr(default, name):
