@@ -122,6 +122,7 @@ class EndlessEnv(PointEnv):
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, *_ = super().step(actions)
+        assert self.t < 1000, "nothing ends the evaluation"
         rewards = self.t * np.arange(1.0, self.num_envs + 1)
         ended = np.arange(self.num_envs) == 0
         ended &= self.t % 3 == 0
