@@ -229,6 +229,73 @@ def test_targets_bootstrap_with_the_target_networks(
     assert len(all_discounts) > 1
 
 
+def test_the_loop_passes_on_what_each_update_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Sizes and discount of a sample; networks, rates, observations and actions of both updates; targets that lag."""
+    sample = maddpg.ReplayBuffer.sample
+    critic_update = maddpg.critic_update
+    actor_update = maddpg.actor_update
+    polyak = maddpg.polyak
+    samples, critics, actors, targets = [], [], [], []
+
+    def recorded_sample(self: maddpg.ReplayBuffer, *args: object) -> tuple:
+        samples.append((args, sample(self, *args)))
+        return samples[-1][1]
+
+    def recorded_critic_update(*args: object) -> dict:
+        critics.append((args, theta_of(args[0])))  # before the update
+        return critic_update(*args)
+
+    def recorded_actor_update(*args: object) -> dict:
+        actors.append((args, [theta_of(actor) for actor in args[0]]))
+        return actor_update(*args)
+
+    def recorded_polyak(target: list, parameters: list, tau: float) -> None:
+        before = torch.cat([tensor.detach().flatten() for tensor in target])
+        polyak(target, parameters, tau)
+        targets.append(
+            (before, torch.cat([tensor.detach().flatten() for tensor in parameters]), tau)
+        )
+
+    monkeypatch.setattr(maddpg.ReplayBuffer, "sample", recorded_sample)
+    monkeypatch.setattr(maddpg, "critic_update", recorded_critic_update)
+    monkeypatch.setattr(maddpg, "actor_update", recorded_actor_update)
+    monkeypatch.setattr(maddpg, "polyak", recorded_polyak)
+    flags = {"gamma": 0.8, "n_step": 3, "tau": 0.1, "batch_size": 8}
+    rates = {"learning_rate": 0.01, "critic_learning_rate": 0.02}
+    train(tmp_path / "run", total_timesteps=128, **flags, **rates)
+
+    assert len(samples) == len(critics) == len(actors) == len(targets) == 6
+    partition = envs.make_vec("Reacher-2x1", 1).partition
+    for number, ((sizes, drawn), (of_critic, _), (of_actors, _)) in enumerate(
+        zip(samples, critics, actors)
+    ):
+        assert sizes == (8, 3, 0.8)
+        _, actions, _, _, _ = drawn
+        critic, critic_optimizer, obs, critic_actions, _ = of_critic
+        policy, actor_optimizer, climbed, actor_obs, agents_obs, actor_actions, act_ids = of_actors
+        assert climbed is critic
+        (group,) = critic_optimizer.param_groups
+        assert group["lr"] == 0.02
+        assert list(map(id, group["params"])) == list(map(id, critic.parameters()))
+        (group,) = actor_optimizer.param_groups
+        assert group["lr"] == 0.01
+        assert list(map(id, group["params"])) == list(map(id, policy.parameters()))
+        assert torch.equal(critic_actions, actions) and torch.equal(actor_actions, actions)
+        assert torch.equal(actor_obs, obs)
+        for seen, ids in zip(agents_obs, partition.obs_ids, strict=True):
+            assert torch.equal(seen, obs[:, ids])
+        for own, ids in zip(act_ids, partition.act_ids, strict=True):
+            assert own.tolist() == ids.tolist()
+        before, after, tau = targets[number]
+        assert tau == 0.1
+        if number == 0:  # the targets begin as copies of the networks before their first update
+            (_, critic_theta), (_, actors_theta) = critics[0], actors[0]
+            expected = torch.cat([*actors_theta, critic_theta])
+        torch.testing.assert_close(before, expected)
+        assert not torch.equal(before, after)
+        expected = 0.9 * before + 0.1 * after
+
+
 def test_the_saved_policy_is_the_policy(tmp_path: Path):
     """In NumPy, as a user would: tanh of agent i's layers on its entries gives its actions."""
     model = train(tmp_path / "run", env_id="Pusher-3p", agent_obsk=0)

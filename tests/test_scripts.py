@@ -2,22 +2,26 @@
 
 import importlib
 import importlib.metadata
+import itertools
 import os
 import runpy
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, SIBLINGS, update_of
+from gymnasium.vector import VectorEnv
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import envs
 
@@ -222,6 +226,50 @@ def test_the_machine_changes_nothing(tmp_path: Path):
     assert len(models) == 4
     for model in models[1:]:
         assert same(models[0], model)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_main_makes_what_the_flags_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both vector environments with agent_obsk and threads; Adam and the critic's last layer as docs/happo.md says."""
+    script = importlib.import_module(name)
+    made = []
+    critics = []
+    make_vec = envs.make_vec
+    critic_update = script.critic_update
+
+    def recorded_make_vec(*args: object) -> VectorEnv:
+        made.append(args)
+        return make_vec(*args)
+
+    def recorded_critic_update(critic: nn.Module, optimizer: torch.optim.Adam, *args: object):
+        network = critic.net if name == "maddpg_mamujoco" else critic
+        critics.append((network[-1].weight.norm().item(), optimizer.param_groups[0]["eps"]))
+        return critic_update(critic, optimizer, *args)
+
+    monkeypatch.setattr(envs, "make_vec", recorded_make_vec)
+    monkeypatch.setattr(script, "critic_update", recorded_critic_update)
+    flags = {"learning_starts": 100, "batch_size": 8} if name == "maddpg_mamujoco" else {}
+    train(script, tmp_path / "run", agent_obsk=1, num_threads=2, eval_episodes=3, **flags)
+    assert made == [("Reacher-2x1", 4, 1, 2), ("Reacher-2x1", 3, 1, 2)]
+    eps = 1e-8 if name == "maddpg_mamujoco" else 1e-5
+    assert critics[0] == (pytest.approx(1.0), eps)  # orthogonal: a row of norm 1 times the gain
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    if name != "hatrpo_mamujoco":
+        assert checkpoint["actor_optimizer"]["param_groups"][0]["eps"] == eps
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_speed_counts_since_the_start(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps over seconds of this start: by a clock that ticks once an iteration, an iteration's steps."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=itertools.count().__next__))
+    train(script, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    args = checkpoint["args"] | {"total_timesteps": 512, "resume": str(tmp_path / "run")}
+    time.sleep(1 - time.time() % 1)  # the event file's name is the second
+    script.main(script.Args(**args), checkpoint)
+    log = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("charts/SPS")
+    assert [(event.step, event.value) for event in log] == [(128 * i, 128) for i in range(1, 5)]
 
 
 def test_environment_threads_change_nothing(script: ModuleType, tmp_path: Path):
