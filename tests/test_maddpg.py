@@ -296,6 +296,16 @@ def test_the_loop_passes_on_what_each_update_needs(tmp_path: Path, monkeypatch: 
         expected = 0.9 * before + 0.1 * after
 
 
+def test_a_resumed_run_takes_new_rates(tmp_path: Path):
+    """The optimisers' saved states do not bring the old ones back."""
+    train(tmp_path / "run")
+    rates = {"learning_rate": 0.01, "critic_learning_rate": 0.02}
+    resume(maddpg, tmp_path / "run", total_timesteps=640, **rates)
+    checkpoint = newest(tmp_path / "run")
+    assert checkpoint["actor_optimizer"]["param_groups"][0]["lr"] == 0.01
+    assert checkpoint["critic_optimizer"]["param_groups"][0]["lr"] == 0.02
+
+
 def test_the_saved_policy_is_the_policy(tmp_path: Path):
     """In NumPy, as a user would: tanh of agent i's layers on its entries gives its actions."""
     model = train(tmp_path / "run", env_id="Pusher-3p", agent_obsk=0)

@@ -490,7 +490,9 @@ def test_a_file_imports_a_module_only_if_allowed(
         forget(bait)
         before = {file: file.read_bytes() for file in run_dir.iterdir()}
         error = error_of(capsys, 2, script, *resumed)
-        assert error == f"error: --resume {run_dir}: its env_id {env_id} needs --allow-import\n"
+        assert (
+            error == f"error: --resume {run_dir}: {env_id} imports a module, see --allow-import\n"
+        )
         for file in files:
             error = error_of(capsys, 2, EVALUATE, file, "--episodes", 2)
             assert error.startswith(f"error: {file}: {env_id} imports a module; ")
