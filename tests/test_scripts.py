@@ -258,6 +258,36 @@ def test_main_makes_what_the_flags_say(name: str, tmp_path: Path, monkeypatch: p
         assert checkpoint["actor_optimizer"]["param_groups"][0]["eps"] == eps
 
 
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "maddpg_mamujoco"])
+def test_what_is_logged_of_the_critic(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """1 - Var(R - V) / Var(R) of the returns R of all critics, and the mean of their losses after the fit."""
+    script = importlib.import_module(name)
+    compute_gae = script.compute_gae
+    critic_update = script.critic_update
+    estimates = []
+    losses = []
+
+    def recorded_gae(rewards: torch.Tensor, values: torch.Tensor, *args: object) -> tuple:
+        advantages, returns = compute_gae(rewards, values, *args)
+        estimates.append((returns, returns - values))
+        return advantages, returns
+
+    def recorded_critic_update(*args: object) -> torch.Tensor:
+        losses.append(critic_update(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(script, "compute_gae", recorded_gae)
+    monkeypatch.setattr(script, "critic_update", recorded_critic_update)
+    train(script, tmp_path / "run", total_timesteps=128)
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert len(estimates) == len(losses) == (2 if name == "ippo_mamujoco" else 1)
+    returns, errors = (torch.stack(parts).numpy() for parts in zip(*estimates))
+    (explained,) = log.Scalars("losses/explained_variance")
+    assert explained.value == pytest.approx(1 - errors.var() / returns.var(), abs=1e-4)
+    (loss,) = log.Scalars("losses/value_loss")
+    assert loss.value == pytest.approx(np.mean([float(loss) for loss in losses]))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_speed_counts_since_the_start(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps over seconds of this start: by a clock that ticks once an iteration, an iteration's steps."""
