@@ -9,7 +9,8 @@ from conftest import mlp, set_theta, theta_of
 from pydantic import ValidationError
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_runs import differences, newest, resume, scalars
+from test_runs import differences, newest, resume, saved_files, scalars
+from test_scripts import error_of
 
 import envs
 import maddpg_mamujoco as maddpg
@@ -304,6 +305,16 @@ def test_a_resumed_run_takes_new_rates(tmp_path: Path):
     checkpoint = newest(tmp_path / "run")
     assert checkpoint["actor_optimizer"]["param_groups"][0]["lr"] == 0.01
     assert checkpoint["critic_optimizer"]["param_groups"][0]["lr"] == 0.02
+
+
+def test_a_resumed_run_keeps_its_buffer_size(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Another size is refused, and nothing is written."""
+    train(tmp_path / "run")
+    before = saved_files(tmp_path / "run")
+    script = Path(maddpg.__file__)
+    error = error_of(capsys, 2, script, "--resume", tmp_path / "run", "--buffer-size", 2000)
+    assert error == f"error: --resume {tmp_path / 'run'}: buffer_size must stay 4000\n"
+    assert saved_files(tmp_path / "run") == before
 
 
 def test_the_saved_policy_is_the_policy(tmp_path: Path):
