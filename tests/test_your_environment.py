@@ -101,7 +101,7 @@ def test_the_table_counts_the_changed_lines():
 
 
 EXAMPLES = {
-    "happo_swimmer.py": [],
+    "happo_swimmer.py": ["--eval-episodes", "1"],  # of 1,000 steps
     "happo_spread.py": [],
     "happo_discrete.py": [],
     "mappo_discrete.py": [],
