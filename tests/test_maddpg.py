@@ -297,6 +297,23 @@ def test_the_loop_passes_on_what_each_update_needs(tmp_path: Path, monkeypatch: 
         expected = 0.9 * before + 0.1 * after
 
 
+def test_actors_act_on_normalised_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the policy gets in the rollout has a spread of about 1, where raw entries have less than 0.2."""
+    act = maddpg.Policy.act
+    seen = []
+
+    def recorded(self: maddpg.Policy, obs: torch.Tensor, *, noise: bool) -> torch.Tensor:
+        assert noise
+        seen.append(obs)
+        return act(self, obs, noise=noise)
+
+    monkeypatch.setattr(maddpg.Policy, "act", recorded)
+    train(tmp_path / "run")
+    buffer = newest(tmp_path / "run")["buffer"]
+    assert buffer["obs"][: buffer["size"]].flatten(0, 1).std(0).min() < 0.2
+    assert torch.cat(seen).std(0).min() > 0.5
+
+
 def test_a_resumed_run_takes_new_rates(tmp_path: Path):
     """The optimisers' saved states do not bring the old ones back."""
     train(tmp_path / "run")
