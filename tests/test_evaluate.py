@@ -117,7 +117,7 @@ def error_of(capsys: pytest.CaptureFixture, path: Path, **args: object) -> str:
 CASES = [
     ("Hopper-3x1", {}),  # episodes of different lengths
     ("Reacher-2x1", {"eval_episodes": 1, "seed": 7}),
-    ("Ant-v5-4x2", {"eval_episodes": 1}),  # on Gymnasium's vectorisation
+    ("Hopper-v5-3x1", {"eval_episodes": 1}),  # on Gymnasium's vectorisation
     ("Pusher-3p", {"agent_obsk": 1}),  # agents of 3, 1 and 3 actuators; action range -2 to 2
     ("Humanoid-9|8", {"agent_obsk": 1}),
     ("Hopper-3x1", {"agent_obsk": 1, "share_param": True}),  # two observations are padded
