@@ -325,6 +325,7 @@ def test_files_that_are_no_models(
     weight, bias = policy["actors.1.net.2.weight"], policy["actors.1.net.4.bias"]
     mean, var, count = model["obs_rms"]
     nan = float("nan")
+    without_second = {name: x for name, x in policy.items() if not name.startswith("actors.1.")}
     changes = [
         {"obs_ids": model["obs_ids"][:1]},
         {"obs_ids": [*model["obs_ids"], [0]]},
@@ -344,7 +345,8 @@ def test_files_that_are_no_models(
         {"obs_rms": [[0.0], [1.0], 1.0]},
         {"policy": 3},
         {"policy": {}},
-        {"policy": {name: x for name, x in policy.items() if not name.startswith("actors.1.")}},
+        {"policy": without_second, "obs_ids": [model["obs_ids"][0], [0]]},  # as many as actions
+        {"policy": without_second},
         {"policy": {name: x for name, x in policy.items() if name != "actors.1.net.4.bias"}},
         {"policy": policy | {"actors.1.net.2.weight": weight[:, :-1]}},
         {"policy": policy | {"actors.1.net.4.bias": bias.repeat(2)}},
