@@ -15,7 +15,15 @@ from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.swimmer_v5 import SwimmerEnv
 
 ASSETS = Path(gymnasium.envs.mujoco.__file__).parent / "assets"
-HINGE, CAPSULE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtGeom.mjGEOM_CAPSULE
+HINGE = mujoco.mjtJoint.mjJNT_HINGE
+CAPSULE = mujoco.mjtGeom.mjGEOM_CAPSULE
+
+
+def add_motor(spec: mujoco.MjSpec, joint: str) -> None:
+    """Let a motor drive the joint of that name, with Gymnasium's gear and range."""
+    motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint, gear=[150] + [0] * 5)
+    motor.ctrllimited = True
+    motor.ctrlrange = [-1, 1]
 
 
 def many_segment_swimmer(num_segments: int) -> mujoco.MjModel:
@@ -32,10 +40,7 @@ def many_segment_swimmer(num_segments: int) -> mujoco.MjModel:
         body.add_joint(
             name=f"motor{i + 1}_rot", type=HINGE, axis=[0, 0, sign], limited=True, range=[-100, 100]
         )
-        motor = spec.add_actuator(
-            trntype=mujoco.mjtTrn.mjTRN_JOINT, target=f"motor{i + 1}_rot", gear=[150] + [0] * 5
-        )
-        motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
+        add_motor(spec, f"motor{i + 1}_rot")
     return spec.compile()
 
 
@@ -56,11 +61,8 @@ def many_segment_ant(num_segments: int) -> mujoco.MjModel:
         ankle = hip.add_body(pos=out)
         ankle.add_joint(name=f"ankle{name}", type=HINGE, axis=ankle_axis, range=ankle_range)
         ankle.add_geom(type=CAPSULE, fromto=[0, 0, 0, *(2 * x for x in out)], size=[0.08, 0, 0])
-        for joint in (f"hip{name}", f"ankle{name}"):
-            motor = spec.add_actuator(
-                trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint, gear=[150] + [0] * 5
-            )
-            motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
+        add_motor(spec, f"hip{name}")
+        add_motor(spec, f"ankle{name}")
 
     add_leg("1_0", [0.2, 0.2, 0], [0.2, 0.2, 0], [-1, 1, 0], [30, 70])
     add_leg("2_0", [0.2, -0.2, 0], [0.2, -0.2, 0], [1, 1, 0], [30, 70])

@@ -1,8 +1,9 @@
 """Gymnasium's MuJoCo v5 tasks, many simulations at a time, on `mujoco.batch`.
 
-Each class computes with NumPy, for all the simulations at once, what one file of Gymnasium adds to the physics:
-observation, reward and termination. Weights, ranges and the random draws of a reset come from Gymnasium's environment
-object, so that they cannot drift from it, and the arithmetic has Gymnasium's order, so that results are bit-identical.
+Each class computes with NumPy, for all the simulations at once, what one file of Gymnasium adds to
+the physics: observation, reward and termination. Weights, ranges and the random draws of a reset
+come from Gymnasium's environment object, so that they cannot drift from it, and the arithmetic has
+Gymnasium's order, so that results are bit-identical.
 """
 
 import contextlib
