@@ -25,11 +25,11 @@ pytestmark = pytest.mark.slow  # whole runs and processes
 
 ROOT = runner.ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Not run here: what .ci/run does, a server, and what other tests or half an hour are for.
+# Not run here: what .ci/run does, a server, another commit, and what other tests or half an hour are for.
 ELSEWHERE = (
     "python3 -m venv",
     "tensorboard",
-    "git worktree",
+    "git ",
     "benchmark/throughput.py",
     "benchmark/plot.py record",
 )
