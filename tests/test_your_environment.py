@@ -1,5 +1,6 @@
 """docs/your_environment.md: its files and diffs, applied to fresh copies, train, evaluate and resume."""
 
+import csv
 import importlib
 import re
 import shutil
@@ -241,6 +242,20 @@ def test_an_example_learns(name: str, flags: list, here: Path):
     by_chance = random_returns("spread" if name == "happo_spread" else "spread_discrete")
     error = np.sqrt(std**2 / 100 + by_chance.var() / 200)
     assert mean > by_chance.mean() + 3 * error
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [("BenchMARL", "BenchMARL's MAPPO"), ("mappo_spread.py", "`mappo_spread.py`")],
+)
+def test_the_comparison_is_as_recorded(program: str, name: str):
+    """The table beside BenchMARL has every run of the records."""
+    with (ROOT / "benchmark" / "results" / "simple_spread.csv").open() as file:
+        runs = [run for run in csv.DictReader(file) if run["program"] == program]
+    speeds = [run["steps_per_second"] for run in runs if run["steps"] != "504000"]
+    returns = [f"{float(run['eval_return']):.1f}" for run in runs if run["steps"] == "504000"]
+    assert len(speeds) == len(returns) == 3
+    assert f"| {name} | {', '.join(speeds)} | {', '.join(returns)} |" in PAGE
 
 
 # What is missing
