@@ -95,10 +95,12 @@ class Args:
     """passes of the critic over the batch per iteration"""
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
-    target_kl: Rate = 0.03
-    """bound on the joint policy's KL per iteration, in nats; delta is an agent's equal share of it"""
-    sampled_kl: bool = True
-    """bound the joint policy's KL as the batch's own rows show it, too"""
+    target_kl: Rate = 0.0004
+    """delta: how far an agent's policy may move in an iteration, as mean KL divergence in nats"""
+    momentum: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
+    """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
+    max_ratio: PositiveFloat = 2.0
+    """M counts the earlier agents' joint ratio up to this; inf: as it is"""
     backtrack_coeff: Fraction = 0.8
     """alpha: a rejected step is multiplied with it"""
     backtrack_iters: NonNegativeInt = 10
@@ -248,17 +250,15 @@ def trpo_step(
     actions: Tensor,
     logprobs: Tensor,
     M: Tensor,
-    joint_logratio: Tensor,
-    m: int,
-    delta: float,
+    gradient_sum: Tensor,
     args: Args,
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Take one trust-region step with one agent on the whole batch (algorithm 2, lines 11 to 13).
 
     `logprobs` [B] are the log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i]
-    when they were drawn, M [B] is what the ratio is weighted with, `joint_logratio` [B] is the sum
-    of the log-ratios of the m - 1 agents before this one, `delta` is the KL radius of one agent.
-    Returns the log-ratio [B] of new to old probability, and what is logged.
+    when they were drawn, M [B] is what the ratio is weighted with, `gradient_sum` [P] is the
+    decaying sum of this agent's earlier gradients, to which this batch's is added. Returns the
+    log-ratio [B] of new to old probability, and what is logged.
     """
 
     def objective(dist: Distribution) -> tuple[Tensor, Tensor]:
@@ -268,10 +268,13 @@ def trpo_step(
     dist = actor(obs)
     old_objective, logratio = objective(dist)
     gradient = flat_gradient(old_objective, actor)
+    # Not in the paper (--momentum 0): one batch's gradient is mostly noise; a sum over batches is less.
+    gradient_sum *= args.momentum
+    gradient_sum += gradient.detach()
     H = fisher_vector_product(actor, obs)
-    x, Hx = conjugate_gradient(H, gradient, args.cg_damping, args.cg_iters)
+    x, Hx = conjugate_gradient(H, gradient_sum, args.cg_damping, args.cg_iters)
     # beta = sqrt(2 delta / x^T H x): there the quadratic model of the KL is delta (x = 0 gives 0)
-    step = torch.sqrt(2 * delta / (x @ Hx).clamp(min=1e-12)) * x
+    step = torch.sqrt(2 * args.target_kl / (x @ Hx).clamp(min=1e-12)) * x
     expected_gain = step @ gradient
     stats = {
         "policy_loss": -old_objective.detach(),
@@ -291,12 +294,7 @@ def trpo_step(
             new_objective, new_logratio = objective(new_dist)
             gain = new_objective - old_objective
             kl = kl_divergence(dist, new_dist).mean()
-            joint_kl = approx_kl(joint_logratio + new_logratio)
-        # Not in the paper (--no-sampled-kl): each agent's KL can be small while the product of their
-        # ratios explodes on a few rows. So bound the joint KL on the rows, too, by m shares.
-        if args.sampled_kl and joint_kl > m * delta:
-            continue
-        if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl <= delta:
+        if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl <= args.target_kl:
             actor.load_state_dict(new_actor.state_dict())
             stats |= {"accepted": 1, "backtracks": j, "surrogate_gain": gain, "kl": kl}
             return new_logratio, stats
@@ -306,6 +304,7 @@ def trpo_step(
 
 def hatrpo_update(
     actors: Sequence[nn.Module],
+    gradient_sums: Sequence[Tensor],
     obs: Sequence[Tensor],
     actions: Sequence[Tensor],
     advantages: Tensor,
@@ -316,6 +315,7 @@ def hatrpo_update(
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
     `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged: of
     each agent's update, the standard deviation of the last M, and the joint KL on the batch.
+    `gradient_sums` has the decaying sum [P_i] of each agent's gradients, which this one is added to.
     """
     num_agents = len(actors)
     with torch.no_grad():  # before the first update: with shared parameters it changes every agent
@@ -324,17 +324,17 @@ def hatrpo_update(
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()
     M = advantages
     joint_logratio = torch.zeros_like(M)  # sum of the earlier agents' log-ratios
-    for m, i in enumerate(order, start=1):
-        delta = args.target_kl / num_agents
+    for i in order:
         logratio, stats = trpo_step(
-            actors[i], obs[i], actions[i], logprobs[i], M, joint_logratio, m, delta, args
+            actors[i], obs[i], actions[i], logprobs[i], M, gradient_sums[i], args
         )
         for name, value in stats.items():
             log[f"agent_{i}/{name}"] = value
-        # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what
-        # this one changed. A itself is not recomputed, M is neither normalised nor clipped.
-        M = M * logratio.exp()
+        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the later
+        # agents see what these changed. A itself is not recomputed.
         joint_logratio += logratio
+        # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes; cut it.
+        M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
     log["losses/M_std"] = M.std()
     log["losses/joint_kl"] = approx_kl(joint_logratio)
     return log
@@ -598,6 +598,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         fail(e)
     critic = mlp((obs_dim, *args.hidden_sizes, 1), 1.0).to(device)
     critic_optimizer = Adam(critic.parameters(), eps=1e-5, fused=True)  # its rate is set below
+    gradient_sums = nn.ParameterList(
+        torch.zeros_like(parameters_to_vector(actor.parameters())) for actor in policy.actors
+    ).requires_grad_(False)
 
     # Storage
     shape = (args.num_steps, args.num_envs)
@@ -612,6 +615,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     saved = {
         "env": env,
         "policy": policy,
+        "gradient_sums": gradient_sums,
         "critic": critic,
         "critic_optimizer": critic_optimizer,
     }
@@ -676,7 +680,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         policy.to(device)
         agents_obs = policy.observe(b_obs)
         agents_actions = [actions.flatten(0, 1)[:, ids] for ids in policy.act_ids]
-        log = hatrpo_update(policy.actors, agents_obs, agents_actions, b_advantages, args)
+        log = hatrpo_update(
+            policy.actors, gradient_sums, agents_obs, agents_actions, b_advantages, args
+        )
 
         # Critic update
         critic_optimizer.param_groups[0]["lr"] = lr_scale * args.critic_learning_rate

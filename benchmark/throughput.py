@@ -56,8 +56,9 @@ HARL = {
     "happo": HARL_PPO,
     "mappo": HARL_PPO,
     "ippo": HARL_PPO,
-    # Its damping of 0.1, and its radius of 0.01 for each of six agents, in the script's terms.
-    "hatrpo": f"{HARL_BATCH} --critic-epochs 5 --cg-iters 10 --cg-damping 0.001 --target-kl 0.06",
+    # Its damping of 0.1, in the script's terms.
+    "hatrpo": f"{HARL_BATCH} --critic-epochs 5 --cg-iters 10 --cg-damping 0.001 --target-kl 0.01 "
+    "--momentum 0 --max-ratio inf",
     "maddpg": "--num-envs 10 --hidden-sizes 256 256 --batch-size 1000 --n-step 20 --updates-per-step 0.1",
 }
 PARTS = Literal["scripts", "limit", "envs", "load"]

@@ -38,7 +38,8 @@ CLIPPED = {
 }
 HAPPO = CLIPPED | {"target_kl": None}
 TRUST_REGION = {
-    "sampled_kl": False,
+    "momentum": 0.0,
+    "max_ratio": np.inf,
     "cg_iters": 10,
     "cg_damping": 0.01,
     "ent_coef": 0.0,
@@ -236,11 +237,9 @@ def run_happo(
 def run_hatrpo(
     actors: Sequence[TabularActor], batch: tuple, args: hatrpo.Args
 ) -> dict[str, Tensor | float]:
-    """The shipped HATRPO; here `target_kl` is the radius of one agent."""
-    args = copy.copy(args)
-    rounded = float(np.float32(args.target_kl))  # so that the division by len(actors) is exact
-    args.target_kl = rounded * len(actors)
-    return hatrpo.hatrpo_update(actors, *batch, args)
+    """The shipped HATRPO, without what earlier updates leave behind."""
+    gradient_sums = [torch.zeros_like(actor.table).detach().flatten() for actor in actors]
+    return hatrpo.hatrpo_update(actors, gradient_sums, *batch, args)
 
 
 def run_mappo(actors: Sequence[TabularActor], batch: tuple, args: mappo.Args) -> None:

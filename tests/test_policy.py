@@ -486,7 +486,8 @@ def test_another_forward_learns(script):
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
     name = script.__name__
     if name == "hatrpo_mamujoco":
-        log = update(actors, obs, actions, advantages, args)
+        sums = [torch.zeros_like(theta_of(actor)) for actor in actors]
+        log = update(actors, sums, obs, actions, advantages, args)
     elif name == "ippo_mamujoco":
         log = update(actors, optimizer, obs, actions, [advantages, advantages], args)
     else:

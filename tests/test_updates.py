@@ -140,6 +140,7 @@ class Problem:
         for actor in self.actors:
             set_theta(actor, 0.5 * torch.randn(len(theta_of(actor))))
         self.old = thetas(self.actors)
+        self.gradient_sums = [torch.zeros_like(theta) for theta in self.old]  # HATRPO's
         self.obs = [torch.randn(batch, agent.obs_dim) for agent in team]
         self.draw()
         # IPPO's agents have advantages of their own.
@@ -186,7 +187,8 @@ class Problem:
         torch.manual_seed(seed)
         update = update_of(self.script)
         if self.script is hatrpo:
-            return update(actors, obs, actions, self.advantages, args)
+            sums = [self.gradient_sums[i] for i in agents]
+            return update(actors, sums, obs, actions, self.advantages, args)
         optimizer = optimizer or self.optimizer(args)
         return update(actors, optimizer, obs, actions, self.advantages, args)
 
@@ -202,8 +204,9 @@ SETTINGS = {
     "ent_coef": 0.01,
     "max_grad_norm": 10.0,
     "fixed_order": False,
-    "target_kl": 0.05,
-    "sampled_kl": True,
+    "target_kl": 0.02,
+    "momentum": 0.9,
+    "max_ratio": np.inf,
     "backtrack_coeff": 0.8,
     "backtrack_iters": 10,
     "accept_ratio": 0.5,
@@ -349,14 +352,13 @@ def assert_ppo_stats(log, problem, i, theta, M, args, tolerance=1e-7):
         assert not stats[key].requires_grad
 
 
-def trpo(problem, i, M, args, theta=None, earlier=()):
+def trpo(problem, i, M, args, theta=None):
     """TRPO of agent i with the explicit Hessian and a dense solver; return theta and j (None: rejected).
 
-    `earlier` are the log-ratios of the agents before it. The damping is a share of the Hessian's
-    curvature along g; neither the KL nor what the batch says of the joint policy's may exceed its share.
+    The damping is a share of the Hessian's curvature along g.
     """
     theta = problem.old[i] if theta is None else theta
-    delta = args.target_kl / len(problem.team)
+    delta = args.target_kl
     old = problem.dist(i, theta)
 
     def objective(new):
@@ -374,12 +376,8 @@ def trpo(problem, i, M, args, theta=None, earlier=()):
     for j in range(args.backtrack_iters + 1):
         length = args.backtrack_coeff**j * beta
         new = theta + length * x
-        joint_kl = k3(sum(earlier) + problem.logratio(i, new))
-        close = mean_kl(new) <= delta
-        if args.sampled_kl:
-            close = close and joint_kl <= (len(earlier) + 1) * delta
         gain = objective(new) - objective(theta)
-        if close and gain >= args.accept_ratio * length * (x @ g):
+        if mean_kl(new) <= delta and gain >= args.accept_ratio * length * (x @ g):
             return new, j
     return theta, None
 
@@ -605,22 +603,29 @@ def test_with_one_agent_clipping_is_felt(script):
     [
         (GAUSSIANS, {}),
         (GAUSSIANS, {"ent_coef": 0.0}),
-        (GAUSSIANS, {"sampled_kl": False}),
+        (GAUSSIANS, {"max_ratio": 1e-9}),
         (GAUSSIANS, {"cg_damping": 1e-3}),
         (CATEGORICALS, {}),
     ],
-    ids=["default", "ent_coef", "sampled_kl", "cg_damping", "categorical"],
+    ids=["default", "ent_coef", "max_ratio", "cg_damping", "categorical"],
 )
 def test_with_one_agent_hatrpo_is_trpo(team, changed):
-    """Parameter for parameter, whether the first, a later or no step of the line search is good enough."""
+    """Parameter for parameter, whether the first, a later or no step of the line search is good enough.
+
+    So is its first update with any momentum, and every update without. Alone, an agent has no M to cut.
+    """
     settings = [(1e-5, 0.5), (1e-3, 0.5), (0.05, 0.5), (1.0, 0.7), (20.0, 0.9)]
     found = []
     for agent in team:
         for target_kl, accept_ratio in settings:
             problem = Problem(hatrpo, [agent])
+            first = len(found) % 2 == 0
+            if not first:
+                problem.gradient_sums[0] += 1e4 * torch.randn(len(problem.old[0]))
             args = make_args(
                 hatrpo,
                 target_kl=target_kl,
+                momentum=0.9 if first else 0.0,
                 accept_ratio=accept_ratio,
                 backtrack_iters=9,
                 **changed,
@@ -730,13 +735,11 @@ def test_shared_parameters_take_one_trust_region_step_after_the_other(seed, monk
     log = problem.update(args)
     theta = problem.old[0]
     M = problem.advantages
-    logratios = []
     for i in range(2):
         torch.testing.assert_close(calls[i].M, M, rtol=1e-6, atol=1e-6)
-        theta, j = trpo(problem, i, M, args, theta, logratios)
-        assert j is not None or i == 1  # the second step may be too far for the joint policy
-        logratios.append(problem.logratio(i, theta))
-        M = M * logratios[-1].exp()
+        theta, j = trpo(problem, i, M, args, theta)
+        assert j is not None
+        M = M * problem.logratio(i, theta).exp()
     assert_equal(problem.actors, [theta] * 2, 1e-7)
     assert log["losses/M_std"].item() == pytest.approx(M.std().item(), rel=1e-6)
 
@@ -839,7 +842,7 @@ def test_hatrpo_is_one_trpo_after_the_other_on_M(team, seed, monkeypatch):
     """From scratch, agent by agent in the order taken: TRPO on M, M times the agent's own ratio, the next agent."""
     problem = Problem(hatrpo, team)
     problem.advantages *= 1e4
-    args = make_args(hatrpo, target_kl=0.03, ent_coef=0.0)
+    args = make_args(hatrpo, target_kl=0.01, ent_coef=0.0)
     calls = record_calls(monkeypatch, problem)
     log = problem.update(args, seed=seed)
     assert sorted(call.agent for call in calls) == list(range(len(team)))
@@ -848,7 +851,7 @@ def test_hatrpo_is_one_trpo_after_the_other_on_M(team, seed, monkeypatch):
     for i, rows, got in calls:
         assert torch.equal(rows, torch.arange(BATCH))
         torch.testing.assert_close(got, M, rtol=1e-6, atol=1e-6)
-        theta, j = trpo(problem, i, M, args, earlier=logratios)
+        theta, j = trpo(problem, i, M, args)
         assert_equal([problem.actors[i]], [theta], 1e-7)
         before = problem.dist(i, problem.old[i])
         kl = before.kl(problem.dist(i, theta)).mean().item()
@@ -860,7 +863,7 @@ def test_hatrpo_is_one_trpo_after_the_other_on_M(team, seed, monkeypatch):
         assert stats["surrogate_gain"].item() == pytest.approx(gain, rel=1e-6)
         assert gain > 0
         assert stats["kl"].item() == pytest.approx(kl, rel=1e-6)
-        assert 0 < kl <= args.target_kl / len(team)
+        assert 0 < kl <= args.target_kl
         assert stats["entropy"].item() == pytest.approx(before.entropy().mean().item(), rel=1e-9)
         M = M * logratios[-1].exp()
     assert log["losses/M_std"].item() == pytest.approx(M.std().item(), rel=1e-6)
@@ -899,7 +902,7 @@ def test_M_is_not_normalised_and_not_clipped(script, monkeypatch):
     """A has a mean and a size of its own, ratios go far beyond the clipping: M keeps all of it."""
     problem = Problem(script, seed=2)
     problem.advantages = 10 + 50 * problem.advantages
-    target_kl = 0.5 if script is hatrpo else None
+    target_kl = 0.2 if script is hatrpo else None
     args = make_args(script, learning_rate=0.1, update_epochs=10, target_kl=target_kl)
     calls = record_calls(monkeypatch, problem)
     log = problem.update(args)
@@ -911,6 +914,35 @@ def test_M_is_not_normalised_and_not_clipped(script, monkeypatch):
     torch.testing.assert_close(got, ratios[earlier].prod(0), rtol=1e-9, atol=1e-12)
     M = problem.advantages * ratios.prod(0)
     assert log["losses/M_std"].item() == pytest.approx(M.std().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("max_ratio", [0.8, 1.3, 2.0])
+def test_hatrpo_counts_the_joint_ratio_up_to_its_largest(max_ratio, monkeypatch):
+    """M = A min(R, c), R the ratio of the joint policies of all agents so far: not each agent's ratio is cut.
+
+    The first agent gets A as it is, and so does every row whose R is within the bound: there M is exact.
+    """
+    problem = Problem(hatrpo, batch=300, seed=2)
+    calls = record_calls(monkeypatch, problem)
+    log = problem.update(make_args(hatrpo, target_kl=0.2, max_ratio=max_ratio))
+    order = order_of(calls)
+    ratios = torch.stack([problem.ratio(i) for i in range(3)]).numpy()
+    A = problem.advantages.numpy()
+    assert torch.equal(calls[0].M, problem.advantages)
+    rows = Counter()
+    for m in (1, 2, 3):
+        R = ratios[order[:m]].prod(0)
+        cut = max_ratio < R
+        expected = A * np.where(cut, max_ratio, R)
+        rows["cut"] += cut.sum()
+        rows["exact"] += (~cut).sum()
+        rows["one agent's ratio is larger"] += (~cut & (ratios[order[:m]].max(0) > max_ratio)).sum()
+        if m < 3:
+            np.testing.assert_allclose(calls[m].M.numpy(), expected, rtol=1e-10)
+        else:
+            assert log["losses/M_std"].item() == pytest.approx(np.std(expected, ddof=1), rel=1e-10)
+    assert min(rows.values()) > 0 and len(rows) == 3
+    assert log["losses/joint_kl"].item() == pytest.approx((R - 1 - np.log(R)).mean(), rel=1e-8)
 
 
 @pytest.mark.parametrize("num_minibatches", [1, 2, 5, 32])
@@ -938,6 +970,7 @@ def test_rejected_steps_leave_M_and_the_parameters_to_the_last_bit(dtype, team, 
     problem.obs = [obs.to(dtype) for obs in problem.obs]
     problem.actions = [a.to(dtype) if a.is_floating_point() else a for a in problem.actions]
     problem.advantages = problem.advantages.to(dtype)
+    problem.gradient_sums = [total.to(dtype) for total in problem.gradient_sums]
     calls = record_calls(monkeypatch, problem)
     log = problem.update(args)
     assert len(calls) == len(team)
@@ -1066,6 +1099,7 @@ def test_another_forward_is_another_policy(script):
     problem.update(args)
     expected = [theta_of(actor) for actor in problem.actors]
     problem.actors = others
+    problem.gradient_sums = [torch.zeros_like(theta_of(other)) for other in others]
     problem.update(args)
     for old, new, other in zip(before, expected, others):
         assert not torch.equal(old, new)
