@@ -3,8 +3,7 @@
     python hatrpo_mamujoco.py --env-id HalfCheetah-6x1
     tensorboard --logdir runs
 
-Kuba et al., "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning",
-arXiv 2109.11251, algorithm 2. `diff happo_mamujoco.py hatrpo_mamujoco.py` shows the difference.
+Kuba et al., arXiv 2109.11251, algorithm 2; `diff happo_mamujoco.py hatrpo_mamujoco.py` shows it.
 """
 
 import copy
@@ -97,7 +96,7 @@ class Args:
     """minibatches per pass"""
     target_kl: Rate = 0.0004
     """delta: how far an agent's policy may move in an iteration, as mean KL divergence in nats"""
-    momentum: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.9
+    momentum: Fraction = 0.9
     """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
     max_ratio: PositiveFloat = 2.0
     """M counts the earlier agents' joint ratio up to this; inf: as it is"""
