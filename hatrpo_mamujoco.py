@@ -94,7 +94,7 @@ class Args:
     """passes of the critic over the batch per iteration"""
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
-    target_kl: Rate = 0.0004
+    target_kl: Rate = 0.0006
     """delta: how far an agent's policy may move in an iteration, as mean KL divergence in nats"""
     momentum: Fraction = 0.9
     """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
