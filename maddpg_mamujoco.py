@@ -535,7 +535,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             for name, part in saved.items():
                 part.load_state_dict(checkpoint.pop(name))  # frees it: the buffer is large
         except Exception as e:
-            fail(f"--resume {args.resume}: {args.env_id} has changed ({type(e).__name__})")
+            fail(
+                f"--resume {args.resume}: {args.env_id} or the script has changed ({type(e).__name__})"
+            )
         torch.set_rng_state(checkpoint["rng"])
     actor_optimizer.param_groups[0]["lr"] = args.learning_rate
     critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate

@@ -426,7 +426,10 @@ def test_a_checkpoint_without_a_network_is_refused(
         command_line(ROOT / f"{name}.py", "--resume", run_dir, "--total-timesteps", 4 * ITERATION)
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert error == f"error: --resume {run_dir}: Reacher-2x1 has changed (RuntimeError)\n"
+    assert (
+        error
+        == f"error: --resume {run_dir}: Reacher-2x1 or the script has changed (RuntimeError)\n"
+    )
     assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
 
 
