@@ -94,8 +94,10 @@ class Args:
     """passes of the critic over the batch per iteration"""
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
-    target_kl: Rate = 0.0006
-    """delta: how far an agent's policy may move in an iteration, as mean KL divergence in nats"""
+    target_kl: Rate = 0.0003
+    """delta: how far an agent's policy may move in an iteration at least, as mean KL in nats"""
+    max_growth: Annotated[float, Field(ge=1)] = 16.0
+    """delta may grow to this many times target_kl where steps go uphill; 1: it stays"""
     momentum: Fraction = 0.9
     """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
     max_ratio: PositiveFloat = 2.0
@@ -243,45 +245,65 @@ def conjugate_gradient(
     return x, Hx
 
 
+class TrustRegion(nn.Module):
+    """What outlasts an iteration: the radius, each agent's sum of gradients [P] and last step [P]."""
+
+    def __init__(self, actors: Sequence[nn.Module], args: Args) -> None:
+        """Start with the smallest radius, and nothing before it."""
+        super().__init__()
+        self.delta = nn.Parameter(torch.tensor(args.target_kl))
+        self.gradient_sums = nn.ParameterList()
+        self.last_steps = nn.ParameterList()
+        for actor in actors:
+            theta = parameters_to_vector(actor.parameters())
+            self.gradient_sums.append(torch.zeros_like(theta))
+            self.last_steps.append(torch.zeros_like(theta))
+        self.requires_grad_(False)
+
+
 def trpo_step(
     actor: nn.Module,
     obs: Tensor,
     actions: Tensor,
     logprobs: Tensor,
     M: Tensor,
-    gradient_sum: Tensor,
+    region: TrustRegion,
+    i: int,
     args: Args,
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Take one trust-region step with one agent on the whole batch (algorithm 2, lines 11 to 13).
 
     `logprobs` [B] are the log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i]
-    when they were drawn, M [B] is what the ratio is weighted with, `gradient_sum` [P] is the
-    decaying sum of this agent's earlier gradients, to which this batch's is added. Returns the
-    log-ratio [B] of new to old probability, and what is logged.
+    when they were drawn, M [B] is what the ratio is weighted with. In `region`, the sum and the last
+    step of agent i are brought up to date. Returns the log-ratio [B] of new to old probability, and
+    what is logged.
     """
 
     def objective(dist: Distribution) -> tuple[Tensor, Tensor]:
         logratio = dist.log_prob(actions) - logprobs
         return (logratio.exp() * M).mean() + args.ent_coef * dist.entropy().mean(), logratio
 
+    last_step = region.last_steps[i]
     dist = actor(obs)
     old_objective, logratio = objective(dist)
     gradient = flat_gradient(old_objective, actor)
-    # Not in the paper (--momentum 0): one batch's gradient is mostly noise; a sum over batches is less.
+    # Not in the paper (--momentum 0): one batch's gradient is mostly noise, a sum of several is less.
+    gradient_sum = region.gradient_sums[i]
     gradient_sum *= args.momentum
-    gradient_sum += gradient.detach()
+    gradient_sum += gradient
     H = fisher_vector_product(actor, obs)
     x, Hx = conjugate_gradient(H, gradient_sum, args.cg_damping, args.cg_iters)
     # beta = sqrt(2 delta / x^T H x): there the quadratic model of the KL is delta (x = 0 gives 0)
-    step = torch.sqrt(2 * args.target_kl / (x @ Hx).clamp(min=1e-12)) * x
+    step = torch.sqrt(2 * region.delta / (x @ Hx).clamp(min=1e-12)) * x
     expected_gain = step @ gradient
     stats = {
+        "slope": last_step @ gradient,
         "policy_loss": -old_objective.detach(),
         "entropy": dist.entropy().mean().detach(),
         "grad_norm": gradient.norm(),
         "expected_gain": expected_gain,
-        "step_cosine": expected_gain / (step.norm() * gradient.norm()).clamp(min=1e-12),
     }
+    last_step.zero_()
     # Line search: the smallest j for which theta + alpha^j * step is good enough.
     new_actor = copy.deepcopy(actor)
     theta = parameters_to_vector(actor.parameters())
@@ -293,8 +315,9 @@ def trpo_step(
             new_objective, new_logratio = objective(new_dist)
             gain = new_objective - old_objective
             kl = kl_divergence(dist, new_dist).mean()
-        if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl <= args.target_kl:
+        if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl <= region.delta:
             actor.load_state_dict(new_actor.state_dict())
+            last_step += scale * step
             stats |= {"accepted": 1, "backtracks": j, "surrogate_gain": gain, "kl": kl}
             return new_logratio, stats
     stats |= {"accepted": 0, "backtracks": j, "surrogate_gain": 0, "kl": 0}
@@ -303,7 +326,7 @@ def trpo_step(
 
 def hatrpo_update(
     actors: Sequence[nn.Module],
-    gradient_sums: Sequence[Tensor],
+    region: TrustRegion,
     obs: Sequence[Tensor],
     actions: Sequence[Tensor],
     advantages: Tensor,
@@ -314,7 +337,7 @@ def hatrpo_update(
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
     `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged: of
     each agent's update, the standard deviation of the last M, and the joint KL on the batch.
-    `gradient_sums` has the decaying sum [P_i] of each agent's gradients, which this one is added to.
+    `region` is changed.
     """
     num_agents = len(actors)
     with torch.no_grad():  # before the first update: with shared parameters it changes every agent
@@ -323,17 +346,22 @@ def hatrpo_update(
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()
     M = advantages
     joint_logratio = torch.zeros_like(M)  # sum of the earlier agents' log-ratios
+    slope = 0.0  # of all the last steps
     for i in order:
-        logratio, stats = trpo_step(
-            actors[i], obs[i], actions[i], logprobs[i], M, gradient_sums[i], args
-        )
+        logratio, stats = trpo_step(actors[i], obs[i], actions[i], logprobs[i], M, region, i, args)
         for name, value in stats.items():
             log[f"agent_{i}/{name}"] = value
-        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the later
-        # agents see what these changed. A itself is not recomputed.
+        slope += stats["slope"]
+        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the
+        # later agents see what these changed. A itself is not recomputed.
         joint_logratio += logratio
-        # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes; cut it.
+        # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes.
         M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
+    # Not in the paper (--max-growth 1): the radius grows while the last steps go uphill on this batch,
+    # too, which they were not made from.
+    region.delta *= 1.05 if slope > 0 else 1 / 1.1
+    region.delta.clamp_(args.target_kl, args.max_growth * args.target_kl)
+    log["losses/delta"] = region.delta.clone()
     log["losses/M_std"] = M.std()
     log["losses/joint_kl"] = approx_kl(joint_logratio)
     return log
@@ -597,9 +625,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         fail(e)
     critic = mlp((obs_dim, *args.hidden_sizes, 1), 1.0).to(device)
     critic_optimizer = Adam(critic.parameters(), eps=1e-5, fused=True)  # its rate is set below
-    gradient_sums = nn.ParameterList(
-        torch.zeros_like(parameters_to_vector(actor.parameters())) for actor in policy.actors
-    ).requires_grad_(False)
+    region = TrustRegion(policy.actors, args).to(device)
 
     # Storage
     shape = (args.num_steps, args.num_envs)
@@ -614,7 +640,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     saved = {
         "env": env,
         "policy": policy,
-        "gradient_sums": gradient_sums,
+        "region": region,
         "critic": critic,
         "critic_optimizer": critic_optimizer,
     }
@@ -681,9 +707,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         policy.to(device)
         agents_obs = policy.observe(b_obs)
         agents_actions = [actions.flatten(0, 1)[:, ids] for ids in policy.act_ids]
-        log = hatrpo_update(
-            policy.actors, gradient_sums, agents_obs, agents_actions, b_advantages, args
-        )
+        log = hatrpo_update(policy.actors, region, agents_obs, agents_actions, b_advantages, args)
 
         # Critic update
         critic_optimizer.param_groups[0]["lr"] = lr_scale * args.critic_learning_rate
