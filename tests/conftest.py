@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).parent.parent.glob("*_mamujoco.py"))
 PPO_TAGS = {"policy_loss", "entropy", "approx_kl", "clip_fraction"}
-TRPO_TAGS = {"policy_loss", "entropy", "kl", "surrogate_gain", "expected_gain", "step_cosine"}
+TRPO_TAGS = {"policy_loss", "entropy", "kl", "surrogate_gain", "expected_gain", "slope"}
 TRPO_TAGS |= {"backtracks", "accepted", "grad_norm"}
 
 
@@ -31,7 +31,7 @@ class Sibling(NamedTuple):
 SIBLINGS = {
     "mappo": Sibling(4400, PPO_TAGS),
     "happo": Sibling(4400, PPO_TAGS, "mappo", 50),
-    "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 205),
+    "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 230),
     "ippo": Sibling(4400, PPO_TAGS, "mappo", 55),
     "maddpg": Sibling(4400, {"policy_loss"}),
 }

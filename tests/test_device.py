@@ -196,6 +196,7 @@ def test_everything_is_on_the_device(
     if script.__name__ == "ippo_mamujoco":
         critics = 2 if flags else 3
     to_device = networks + 6 * critics  # when they are made
+    to_device += script.__name__ == "hatrpo_mamujoco"  # its radius
     to_device += 6 * 20  # what is stored, in 20 steps
     if off_policy:
         # The policy acts on the device: in 15 steps of the training, and in the 100 of an episode.

@@ -238,8 +238,7 @@ def run_hatrpo(
     actors: Sequence[TabularActor], batch: tuple, args: hatrpo.Args
 ) -> dict[str, Tensor | float]:
     """The shipped HATRPO, without what earlier updates leave behind."""
-    gradient_sums = [torch.zeros_like(actor.table).detach().flatten() for actor in actors]
-    return hatrpo.hatrpo_update(actors, gradient_sums, *batch, args)
+    return hatrpo.hatrpo_update(actors, hatrpo.TrustRegion(actors, args).double(), *batch, args)
 
 
 def run_mappo(actors: Sequence[TabularActor], batch: tuple, args: mappo.Args) -> None:

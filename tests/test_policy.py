@@ -486,8 +486,8 @@ def test_another_forward_learns(script):
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
     name = script.__name__
     if name == "hatrpo_mamujoco":
-        sums = [torch.zeros_like(theta_of(actor)) for actor in actors]
-        log = update(actors, sums, obs, actions, advantages, args)
+        region = script.TrustRegion(actors, args)
+        log = update(actors, region, obs, actions, advantages, args)
     elif name == "ippo_mamujoco":
         log = update(actors, optimizer, obs, actions, [advantages, advantages], args)
     else:

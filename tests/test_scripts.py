@@ -156,6 +156,8 @@ def test_log_and_model(script: ModuleType, tmp_path: Path, capsys: pytest.Captur
     tags |= {"losses/value_loss", "losses/explained_variance"}
     if script.__name__.startswith("ha"):
         tags |= {"losses/M_std", "losses/joint_kl"}
+    if script.__name__ == "hatrpo_mamujoco":
+        tags.add("losses/delta")
     assert {tag for tag in scalars if not tag.startswith("agent_")} == tags
     for agent in (0, 1):
         agent_tags = SIBLINGS[script.__name__.split("_")[0]].tags

@@ -28,8 +28,8 @@ ALGORITHM = (
     (r"^from torch.nn.utils", r""),
     (r"^    # Algorithm$", r"^# Networks$"),
     (r"^def (ppo_loss|flat_gradient)\b", r"^def critic_update\b"),
-    (r"^    (actor_optimizer|gradient_sums) = ", r"^    # Storage$"),
-    (r'^        "(actor_optimizer|gradient_sums)": ', r""),
+    (r"^    (actor_optimizer|region) = ", r""),
+    (r'^        "(actor_optimizer|region)": ', r""),
     (r"^        actor_optimizer.param_groups", r""),
     (r"^        log = \w+_update\(", r"^        # Critic update$"),
 )
@@ -247,7 +247,7 @@ def test_the_algorithm_comes_early_and_stands_alone(name: str):
     lines = read(name).splitlines()
     headings = ["# Networks", "# The algorithm", "# The agents and their environment", "# Run"]
     assert [line for line in lines if re.match(r"# [A-Z]", line)] == headings
-    assert lines.index("# The algorithm") + 1 <= 160
+    assert lines.index("# The algorithm") + 1 <= 162
     # A reader of the algorithm needs nothing that stands below it.
     below = set()
     for later in functions("\n".join(lines[lines.index(headings[2]) :])):
@@ -272,6 +272,7 @@ OFF = {
         "--cg-damping 0": ("cg_damping", 0),
         "--momentum 0": ("momentum", 0),
         "--max-ratio inf": ("max_ratio", inf),
+        "--max-growth 1": ("max_growth", 1),
     },
     "ippo": {},
     "maddpg": {"--n-step 1": ("n_step", 1)},

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -382,9 +383,15 @@ def search(
     args.ent_coef = 1.0
     args.momentum = 0.5
     rows = torch.zeros(2)
-    gradient_sum = torch.tensor([earlier_gradients])
-    new_logratio, stats = hatrpo.trpo_step(dial, rows, rows, rows, rows, gradient_sum, args)
-    assert gradient_sum.item() == pytest.approx(0.5 * earlier_gradients + expected_gain)
+    region = hatrpo.TrustRegion([dial], args)
+    region.gradient_sums[0].fill_(earlier_gradients)
+    region.last_steps[0].fill_(7.0)
+    new_logratio, stats = hatrpo.trpo_step(dial, rows, rows, rows, rows, region, 0, args)
+    gradient_sum = region.gradient_sums[0].item()
+    assert gradient_sum == pytest.approx(0.5 * earlier_gradients + expected_gain)
+    assert stats["slope"].item() == pytest.approx(7 * expected_gain)
+    assert region.last_steps[0].item() == pytest.approx(dial.share.item())
+    assert region.delta.item() == pytest.approx(delta)
     assert tried == pytest.approx([coeff**j for j in range(len(tried))])
     assert stats["expected_gain"].item() == pytest.approx(expected_gain)
     share = dial.share.item()
@@ -461,15 +468,18 @@ def test_the_gain_is_that_of_this_batch():
     args = make_args(cg_damping=0.0, ent_coef=1.0, target_kl=0.5, momentum=0.9, backtrack_iters=2)
     args.backtrack_coeff = 0.5
     rows = torch.zeros(2)
-    gradient_sum = torch.tensor([-10.0])
-    _, stats = hatrpo.trpo_step(dial, rows, rows, rows, rows, gradient_sum, args)
+    region = hatrpo.TrustRegion([dial], args)
+    region.gradient_sums[0].fill_(-10.0)
+    region.last_steps[0].fill_(-2.0)
+    _, stats = hatrpo.trpo_step(dial, rows, rows, rows, rows, region, 0, args)
     assert tried == pytest.approx([-1.0, -0.5, -0.25])
     assert stats["expected_gain"].item() == pytest.approx(-1.0)
-    assert stats["step_cosine"].item() == pytest.approx(-1.0)
+    assert stats["slope"].item() == pytest.approx(-2.0)
     assert stats["grad_norm"].item() == pytest.approx(1.0)
     assert stats["accepted"] == 0
     assert dial.share.item() == 0
-    assert gradient_sum.item() == pytest.approx(-8.0)  # 0.9 times -10, plus 1
+    assert region.last_steps[0].item() == 0
+    assert region.gradient_sums[0].item() == pytest.approx(-8.0)  # 0.9 times -10, plus 1
     # Where they point the same way, their size does not matter.
     assert search(all_of_it, nothing, earlier_gradients=100.0) == 0
     assert search(lambda a: 0.4999999 * a, nothing, earlier_gradients=100.0) is None
@@ -543,12 +553,11 @@ def gradient_of(actor, batch, args):
     return jacobian(objective_at, theta_of(actor))
 
 
-def expected_step(actor, batch, gradient_sum, args):
+def expected_step(actor, batch, gradient_sum, last_step, delta, args):
     """A trust-region step with the explicit Fisher matrix; all candidates are tried, the longest good one is kept.
 
     `gradient_sum` is the decaying sum of the gradients, this batch's included.
     """
-    delta = args.target_kl
     theta = theta_of(actor)
     old = dist_at(actor, batch.obs, theta)
     old_objective = objective(old, batch, args.ent_coef)
@@ -566,7 +575,7 @@ def expected_step(actor, batch, gradient_sum, args):
         "entropy": old.entropy().mean().item(),
         "grad_norm": gradient.square().sum().sqrt().item(),
         "expected_gain": expected_gain,
-        "step_cosine": torch.cosine_similarity(x, gradient, dim=0).item(),
+        "slope": (last_step @ gradient).item(),
         "accepted": 0,
         "backtracks": args.backtrack_iters,
         "surrogate_gain": 0.0,
@@ -604,9 +613,18 @@ def test_step_by_the_explicit_fisher_matrix(kind, cg_iters, ent_coef):
         gradient = gradient_of(actor, batch, args)
         gradient_sum = 0.5 * gradient.norm() * torch.randn(len(gradient)) / len(gradient) ** 0.5
         expected_sum = args.momentum * gradient_sum + gradient
-        expected = expected_step(actor, batch, expected_sum, args)
-        logratio, stats = hatrpo.trpo_step(actor, *batch, gradient_sum, args)
-        torch.testing.assert_close(gradient_sum, expected_sum, rtol=1e-9, atol=1e-9)
+        last_step = torch.randn(len(gradient))
+        region = hatrpo.TrustRegion([actor, actor], args)
+        region.gradient_sums[1].copy_(gradient_sum)
+        region.last_steps[1].copy_(last_step)
+        old_theta = theta_of(actor)
+        expected = expected_step(actor, batch, expected_sum, last_step, args.target_kl, args)
+        logratio, stats = hatrpo.trpo_step(actor, *batch, region, 1, args)
+        torch.testing.assert_close(region.gradient_sums[1].data, expected_sum, rtol=1e-9, atol=1e-9)
+        moved = expected.theta - old_theta
+        torch.testing.assert_close(region.last_steps[1].data, moved, rtol=1e-6, atol=1e-8)
+        assert not region.gradient_sums[0].any()
+        assert not region.last_steps[0].any()
         assert {name: float(value) for name, value in stats.items()} == pytest.approx(
             expected.stats, rel=1e-6
         )
@@ -620,23 +638,25 @@ def test_step_by_the_explicit_fisher_matrix(kind, cg_iters, ent_coef):
 
 @pytest.mark.parametrize("share_param", [False, True])
 def test_update_of_gaussian_and_categorical_agents(share_param):
-    """Three updates in a row of a list that mixes them: each step on its agent's own sum of gradients, and M.
+    """Updates in a row of a list that mixes them: each step on its agent's own sum of gradients, M, and the radius.
 
     With shared parameters the second agent of a kind starts from what the first one left, and has a sum of its own.
+    The radius is that of all agents: it follows what all their last steps are worth on the new batch.
     """
     actors = [make_actor(0), make_actor(1, Discrete), make_actor(2), make_actor(3, Discrete)]
     if share_param:
         actors[2] = actors[0]
         actors[3] = actors[1]
     distinct = actors[: 2 if share_param else 4]
-    args = make_args(target_kl=0.1, cg_damping=0.37, max_ratio=1.2, momentum=0.7)
+    args = make_args(target_kl=0.1, max_growth=1.1, cg_damping=0.37, max_ratio=1.2, momentum=0.7)
+    region = hatrpo.TrustRegion(actors, args)
     sums = [torch.zeros_like(theta_of(actor)) for actor in actors]
-    expected_sums = list(sums)
-    sums = [total.clone() for total in sums]
-    accepted = 0
-    cut = 0
-    for update in range(3):
-        batches = [make_batch(actor, 10 * update + i) for i, actor in enumerate(actors)]
+    last_steps = list(sums)
+    delta = 0.1
+    counted = Counter()
+    for update in range(6):
+        noise = 10 * (update // 3)  # three updates in a row want much the same
+        batches = [make_batch(actor, noise + i) for i, actor in enumerate(actors)]
         advantages = 1e4 * batches[0].M
         start = [theta_of(actor) for actor in distinct]
 
@@ -648,16 +668,23 @@ def test_update_of_gaussian_and_categorical_agents(share_param):
         stats = {}
         for i in order:
             batch = batches[i]._replace(M=M)
-            expected_sums[i] = 0.7 * expected_sums[i] + gradient_of(actors[i], batch, args)
-            step = expected_step(actors[i], batch, expected_sums[i], args)
+            sums[i] = 0.7 * sums[i] + gradient_of(actors[i], batch, args)
+            theta = theta_of(actors[i])
+            step = expected_step(actors[i], batch, sums[i], last_steps[i], delta, args)
             set_theta(actors[i], step.theta)
+            last_steps[i] = step.theta - theta
             for name, value in step.stats.items():
                 stats[f"agent_{i}/{name}"] = value
-            accepted += step.stats["accepted"]
+            counted["accepted"] += step.stats["accepted"]
             joint_logratio = joint_logratio + step.logratio.detach()
             ratio = joint_logratio.exp().numpy()
             M = advantages * torch.from_numpy(np.minimum(ratio, 1.2))
-            cut += (ratio > 1.2).sum()
+            counted["cut"] += (ratio > 1.2).sum()
+        uphill = sum(stats[f"agent_{i}/slope"] for i in range(4)) > 0
+        counted["uphill" if uphill else "downhill"] += 1
+        delta = min(delta * 1.05, 0.11) if uphill else max(delta / 1.1, 0.1)
+        counted["at the largest"] += delta == 0.11
+        stats["losses/delta"] = delta
         stats["losses/M_std"] = M.std().item()
         stats["losses/joint_kl"] = k3(joint_logratio).item()
         expected = [theta_of(actor) for actor in distinct]
@@ -667,14 +694,16 @@ def test_update_of_gaussian_and_categorical_agents(share_param):
         torch.manual_seed(update)
         obs = [batch.obs for batch in batches]
         actions = [batch.actions for batch in batches]
-        log = hatrpo.hatrpo_update(actors, sums, obs, actions, advantages, args)
-        assert {name: float(value) for name, value in log.items()} == pytest.approx(stats, rel=1e-5)
+        log = hatrpo.hatrpo_update(actors, region, obs, actions, advantages, args)
+        assert {name: float(value) for name, value in log.items()} == pytest.approx(stats, rel=1e-4)
         for actor, theta in zip(distinct, expected, strict=True):
             torch.testing.assert_close(theta_of(actor), theta, rtol=1e-5, atol=1e-7)
             set_theta(actor, theta)  # so that the differences do not add up
-        torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-3)
-    assert accepted >= 8
-    assert cut > 20
+        for got, total in zip(region.gradient_sums, sums, strict=True):
+            torch.testing.assert_close(got.data, total, rtol=1e-5, atol=1e-3)
+    assert counted["accepted"] >= 16
+    assert counted["cut"] > 20
+    assert min(counted["uphill"], counted["downhill"], counted["at the largest"]) >= 1
 
 
 def test_no_step_ever_leaves_the_trust_region():
@@ -702,8 +731,10 @@ def test_no_step_ever_leaves_the_trust_region():
         )
         old_theta = theta_of(actor)
         old = dist_at(actor, batch.obs, old_theta)
+        region = hatrpo.TrustRegion([actor], args)
         earlier = float(rng.choice([0, 1])) * M.abs().mean() * torch.randn(len(old_theta))
-        logratio, stats = hatrpo.trpo_step(actor, *batch, earlier, args)
+        region.gradient_sums[0].copy_(earlier)
+        logratio, stats = hatrpo.trpo_step(actor, *batch, region, 0, args)
         new = dist_at(actor, batch.obs, theta_of(actor))
         expected_logratio = new.log_prob(batch.actions) - batch.logprobs
         torch.testing.assert_close(logratio, expected_logratio)
@@ -739,7 +770,9 @@ def test_rejected_step_changes_nothing(dtype):
     batch = batch._replace(logprobs=batch.logprobs - offset)
     old = theta_of(actor)
     args = make_args(accept_ratio=1e6, target_kl=0.01)
-    logratio, stats = hatrpo.trpo_step(actor, *batch, torch.zeros_like(old), args)
+    region = hatrpo.TrustRegion([actor], args)
+    logratio, stats = hatrpo.trpo_step(actor, *batch, region, 0, args)
+    assert not region.last_steps[0].any()
     assert torch.equal(theta_of(actor), old)
     assert theta_of(actor).dtype == dtype
     torch.testing.assert_close(logratio, offset, rtol=0, atol=1e-5)
@@ -758,7 +791,8 @@ def test_without_advantages_no_step_is_accepted(kind):
     batch = make_batch(actor, 0)
     batch = batch._replace(M=torch.zeros(16))
     old = theta_of(actor)
-    logratio, stats = hatrpo.trpo_step(actor, *batch, torch.zeros_like(old), make_args())
+    region = hatrpo.TrustRegion([actor, actor], make_args())
+    logratio, stats = hatrpo.trpo_step(actor, *batch, region, 0, make_args())
     assert torch.equal(theta_of(actor), old)
     assert (logratio == 0).all()
     assert all(math.isfinite(float(value)) for value in stats.values())
@@ -768,9 +802,8 @@ def test_without_advantages_no_step_is_accepted(kind):
     assert stats["expected_gain"] == 0
     assert stats["grad_norm"] == 0
 
-    sums = [torch.zeros_like(old), torch.zeros_like(old)]
     log = hatrpo.hatrpo_update(
-        [actor, actor], sums, [batch.obs] * 2, [batch.actions] * 2, torch.zeros(16), make_args()
+        [actor, actor], region, [batch.obs] * 2, [batch.actions] * 2, torch.zeros(16), make_args()
     )
     assert torch.equal(theta_of(actor), old)
     assert log["agent_0/accepted"] == log["agent_1/accepted"] == 0

@@ -140,7 +140,7 @@ class Problem:
         for actor in self.actors:
             set_theta(actor, 0.5 * torch.randn(len(theta_of(actor))))
         self.old = thetas(self.actors)
-        self.gradient_sums = [torch.zeros_like(theta) for theta in self.old]  # HATRPO's
+        self.earlier_gradient = 0.0  # every entry of HATRPO's sums of gradients
         self.obs = [torch.randn(batch, agent.obs_dim) for agent in team]
         self.draw()
         # IPPO's agents have advantages of their own.
@@ -187,8 +187,10 @@ class Problem:
         torch.manual_seed(seed)
         update = update_of(self.script)
         if self.script is hatrpo:
-            sums = [self.gradient_sums[i] for i in agents]
-            return update(actors, sums, obs, actions, self.advantages, args)
+            region = hatrpo.TrustRegion(actors, args).to(self.advantages.dtype)
+            for gradient_sum in region.gradient_sums:
+                gradient_sum.fill_(self.earlier_gradient)
+            return update(actors, region, obs, actions, self.advantages, args)
         optimizer = optimizer or self.optimizer(args)
         return update(actors, optimizer, obs, actions, self.advantages, args)
 
@@ -621,7 +623,7 @@ def test_with_one_agent_hatrpo_is_trpo(team, changed):
             problem = Problem(hatrpo, [agent])
             first = len(found) % 2 == 0
             if not first:
-                problem.gradient_sums[0] += 1e4 * torch.randn(len(problem.old[0]))
+                problem.earlier_gradient = 1e4
             args = make_args(
                 hatrpo,
                 target_kl=target_kl,
@@ -970,7 +972,6 @@ def test_rejected_steps_leave_M_and_the_parameters_to_the_last_bit(dtype, team, 
     problem.obs = [obs.to(dtype) for obs in problem.obs]
     problem.actions = [a.to(dtype) if a.is_floating_point() else a for a in problem.actions]
     problem.advantages = problem.advantages.to(dtype)
-    problem.gradient_sums = [total.to(dtype) for total in problem.gradient_sums]
     calls = record_calls(monkeypatch, problem)
     log = problem.update(args)
     assert len(calls) == len(team)
@@ -1006,7 +1007,7 @@ def orders_taken(script, monkeypatch, updates, fixed_order, agents):
 
     def do_nothing(actor, *_):
         if script is hatrpo:
-            return torch.zeros(2), {}
+            return torch.zeros(2), {"slope": 0.0}
         return actor.log_std.sum() * 0, torch.zeros(2), {}
 
     monkeypatch.setattr(script, "trpo_step" if script is hatrpo else "ppo_loss", do_nothing)
@@ -1099,7 +1100,6 @@ def test_another_forward_is_another_policy(script):
     problem.update(args)
     expected = [theta_of(actor) for actor in problem.actors]
     problem.actors = others
-    problem.gradient_sums = [torch.zeros_like(theta_of(other)) for other in others]
     problem.update(args)
     for old, new, other in zip(before, expected, others):
         assert not torch.equal(old, new)
