@@ -297,11 +297,11 @@ def trpo_step(
     step = torch.sqrt(2 * region.delta / (x @ Hx).clamp(min=1e-12)) * x
     expected_gain = step @ gradient
     stats = {
-        "slope": last_step @ gradient,
         "policy_loss": -old_objective.detach(),
         "entropy": dist.entropy().mean().detach(),
         "grad_norm": gradient.norm(),
         "expected_gain": expected_gain,
+        "slope": last_step @ gradient,
     }
     last_step.zero_()
     # Line search: the smallest j for which theta + alpha^j * step is good enough.
