@@ -95,9 +95,9 @@ class Args:
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
     target_kl: Rate = 0.0003
-    """delta: how far an agent's policy may move in an iteration at least, as mean KL in nats"""
+    """the smallest delta: radius of each agent's step, as mean KL divergence in nats"""
     max_growth: Annotated[float, Field(ge=1)] = 16.0
-    """delta may grow to this many times target_kl where steps go uphill; 1: it stays"""
+    """delta grows up to this many times target_kl while steps go uphill; 1: it stays"""
     momentum: Fraction = 0.9
     """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
     max_ratio: PositiveFloat = 2.0
@@ -195,11 +195,12 @@ def approx_kl(logratio: Tensor) -> Tensor:
     return (logratio.exp() - 1 - logratio).mean()
 
 
-def flat_gradient(output: Tensor, actor: nn.Module, **options: bool) -> Tensor:
-    """The gradient of a scalar in the actor's parameters, as one vector [P]; the graph is kept."""
+def flat_gradient(output: Tensor, actor: nn.Module, create_graph: bool = False) -> Tensor:
+    """The gradient [P] of a scalar in all the actor's parameters, used or not; the graph is kept."""
     inputs = list(actor.parameters())
-    options |= {"retain_graph": True, "materialize_grads": True}  # 0 where a parameter is not used
-    gradients = torch.autograd.grad(output, inputs, **options)
+    gradients = torch.autograd.grad(
+        output, inputs, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -337,7 +338,7 @@ def hatrpo_update(
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
     `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged: of
     each agent's update, the standard deviation of the last M, and the joint KL on the batch.
-    `region` is changed.
+    `region` is brought up to date: the sums of gradients, the last steps, the next radius.
     """
     num_agents = len(actors)
     with torch.no_grad():  # before the first update: with shared parameters it changes every agent
