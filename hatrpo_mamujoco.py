@@ -94,9 +94,9 @@ class Args:
     """passes of the critic over the batch per iteration"""
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
-    target_kl: Rate = 0.0003
+    target_kl: Rate = 0.0006
     """the smallest delta: radius of each agent's step, as mean KL divergence in nats"""
-    max_growth: Annotated[float, Field(ge=1)] = 16.0
+    max_growth: Annotated[float, Field(ge=1)] = 8.0
     """delta grows up to this many times target_kl while steps go uphill; 1: it stays"""
     momentum: Fraction = 0.9
     """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
