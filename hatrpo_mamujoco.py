@@ -303,6 +303,9 @@ def trpo_step(
         "grad_norm": gradient.norm(),
         "expected_gain": expected_gain,
         "slope": last_step @ gradient,
+        "accepted": 0,
+        "surrogate_gain": 0,
+        "kl": 0,
     }
     last_step.zero_()
     # Line search: the smallest j for which theta + alpha^j * step is good enough.
@@ -319,9 +322,12 @@ def trpo_step(
         if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl <= region.delta:
             actor.load_state_dict(new_actor.state_dict())
             last_step += scale * step
-            stats |= {"accepted": 1, "backtracks": j, "surrogate_gain": gain, "kl": kl}
-            return new_logratio, stats
-    stats |= {"accepted": 0, "backtracks": j, "surrogate_gain": 0, "kl": 0}
+            logratio = new_logratio
+            stats["accepted"] = 1
+            stats["surrogate_gain"] = gain
+            stats["kl"] = kl
+            break
+    stats["backtracks"] = j
     return logratio.detach(), stats
 
 
