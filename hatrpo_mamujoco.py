@@ -94,11 +94,11 @@ class Args:
     """passes of the critic over the batch per iteration"""
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
-    target_kl: Rate = 0.001
+    target_kl: Rate = 0.0012
     """the smallest delta: radius of each agent's step, as mean KL divergence in nats"""
-    max_growth: Annotated[float, Field(ge=1)] = 5.0
+    max_growth: Annotated[float, Field(ge=1)] = 4.0
     """delta grows up to this many times target_kl while steps go uphill; 1: it stays"""
-    momentum: Fraction = 0.7
+    momentum: Fraction = 0.8
     """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
     max_ratio: PositiveFloat = 2.0
     """M counts the earlier agents' joint ratio up to this; inf: as it is"""
