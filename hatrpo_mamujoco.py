@@ -366,7 +366,7 @@ def hatrpo_update(
         M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
     # Not in the paper (--max-growth 1): the radius grows while the last steps go uphill on this batch,
     # too, which they were not made from.
-    region.delta *= 1.05 if slope > 0 else 1 / 1.1
+    region.delta *= 1.02 if slope > 0 else 1 / 1.04
     region.delta.clamp_(args.target_kl, args.max_growth * args.target_kl)
     log["losses/delta"] = region.delta.clone()
     log["losses/M_std"] = M.std()

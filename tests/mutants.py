@@ -149,11 +149,11 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("the last step not kept", (HATRPO,), "            last_step += scale * step\n", ""),
         ("the last step in full, where it was shortened", (HATRPO,), "last_step += scale * step", "last_step += step"),
         ("the last steps add up", (HATRPO,), "    last_step.zero_()\n", ""),
-        ("the radius grows downhill", (HATRPO,), "1.05 if slope > 0 else", "1.05 if slope < 0 else"),
+        ("the radius grows downhill", (HATRPO,), "1.02 if slope > 0 else", "1.02 if slope < 0 else"),
         ("the radius follows the last agent's step", (HATRPO,), "slope += stats", "slope = stats"),
         ("the radius grows without end", (HATRPO,), ", args.max_growth * args.target_kl)", ")"),
         ("the radius shrinks without end", (HATRPO,), "clamp_(args.target_kl, args.max_growth", "clamp_(0, args.max_growth"),
-        ("the radius never changes", (HATRPO,), "    region.delta *= 1.05 if slope > 0 else 1 / 1.1\n", ""),
+        ("the radius never changes", (HATRPO,), "    region.delta *= 1.02 if slope > 0 else 1 / 1.04\n", ""),
     ],
     "updates: order": [
         ("order never random", SEQUENTIAL, "torch.randperm(num_agents).tolist()", "range(num_agents)"),
