@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 COLUMNS = "step", "seconds", "train_return", "eval_return", "steps_per_second"
 BIN = 10_000  # steps that a row averages; in a run that would need more than MAX_ROWS a multiple of it
-MAX_ROWS = 200
+MAX_ROWS = 100
 FIGURE3 = tomllib.loads(Path(__file__).with_name("figure3.toml").read_text())
 TASKS, ALGORITHMS = FIGURE3["env_ids"], FIGURE3["algorithms"]  # their order in figures and tables
 PAIRS = [("happo", "mappo"), ("hatrpo", "happo"), ("happo", "ippo")]  # is the first better?
