@@ -34,6 +34,7 @@ from envs.partition import actuated_joints
 from envs.tasks import MujocoVectorEnv
 
 GL_BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
+MAX_EPISODE_STEPS = 100_000  # longer episodes are cut, as in the scripts
 SIZE = 480  # pixels of the mp4
 GIF_SIZE, GIF_FPS, GIF_FRAMES = 240, 20, 60  # the GIF is small, for a README
 
@@ -118,7 +119,7 @@ def evaluate(
     returns = np.zeros(vec.num_envs)
     lengths = np.zeros(vec.num_envs)
     running = np.ones(vec.num_envs, dtype=bool)
-    while running.any():
+    while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         if film and running[0]:
             film.capture()
         actions = (low + high) / 2 + (high - low) / 2 * policy(obs)
@@ -126,6 +127,8 @@ def evaluate(
         returns += running * rewards  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
+    if running.any():
+        print(f"{running.sum()} episodes were cut after {MAX_EPISODE_STEPS} steps")
     return returns, lengths
 
 

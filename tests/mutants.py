@@ -519,6 +519,7 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("other start states than the script's", EVALUATE, "vec.reset(seed=eval_seed)", "vec.reset(seed=seed)"),
         ("evaluation from other start states every time", ON_POLICY, "policy.cpu(), eval_seed)", "policy.cpu(), global_step)"),
         ("episodes after the first count in the score", EVALUATE, "returns += running * rewards", "returns += rewards"),
+        ("a play that never ends (evaluate.py)", EVALUATE, "while running.any() and lengths.max() < MAX_EPISODE_STEPS:", "while running.any():"),
         ("a module imported without --allow-import (evaluate.py)", EVALUATE, 'if ":" in env_id and not args.allow_import:', "if False:"),
     ],
     "evaluate: film or limbs": [

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import envs
+import evaluate
 
 pytestmark = pytest.mark.slow  # whole runs and processes
 
@@ -150,6 +151,17 @@ def test_an_evaluation_ends_where_episodes_do_not(
     assert logged == {"return": sum(returns) / 4, "length": (3 + 7 + 7 + 7) / 4}
     (std,) = log.Scalars("eval/episodic_return_std")
     assert std.value == np.float32(np.std(returns))
+
+
+def test_evaluate_ends_where_episodes_do_not(capsys, monkeypatch: pytest.MonkeyPatch):
+    """evaluate.py likewise: three of four episodes are cut after 7 steps, and count until then."""
+    monkeypatch.setattr(evaluate, "MAX_EPISODE_STEPS", 7)
+    vec = EndlessEnv(4, AutoresetMode.SAME_STEP)
+    still = np.zeros((4, *vec.single_action_space.shape), dtype=np.float32)
+    returns, lengths = evaluate.evaluate(vec, lambda obs: still, seed=0)
+    assert capsys.readouterr().out == "3 episodes were cut after 7 steps\n"
+    assert returns.tolist() == [1 + 2 + 3, 2 * 28, 3 * 28, 4 * 28]
+    assert lengths.tolist() == [3, 7, 7, 7]
 
 
 def test_envs_can_be_a_package_inside_another(tmp_path: Path):
