@@ -36,7 +36,9 @@ from envs.tasks import MujocoVectorEnv
 GL_BACKENDS = "egl", "osmesa"  # that draw without a display, in the order of preference
 MAX_EPISODE_STEPS = 100_000  # longer episodes are cut, as in the scripts
 SIZE = 480  # pixels of the mp4
-GIF_SIZE, GIF_FPS, GIF_FRAMES = 240, 20, 60  # the GIF is small, for a README
+GIF_SIZE = 240  # pixels: the GIF is small, for a README
+GIF_FPS = 20
+GIF_FRAMES = 60
 
 
 @dataclass
@@ -114,7 +116,7 @@ def evaluate(
     """Play one episode in each environment of `vec`; return their returns and lengths [num_envs]."""
     low = vec.single_action_space.low
     high = vec.single_action_space.high
-    *_, eval_seed = np.random.SeedSequence(seed).generate_state(3).tolist()  # as in the scripts
+    _, _, eval_seed = np.random.SeedSequence(seed).generate_state(3).tolist()  # as in the scripts
     obs, _ = vec.reset(seed=eval_seed)
     returns = np.zeros(vec.num_envs)
     lengths = np.zeros(vec.num_envs)
@@ -189,10 +191,10 @@ class Film:
         )
         self.colors = paint(self.env.model, vec.partition)
         os.environ["MUJOCO_GL"] = find_gl_backend()
-        config, model = self.env.mujoco_renderer.default_cam_config, self.env.model
-        tracks = (
-            mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0
-        )  # follows a robot that walks
+        model = self.env.model
+        config = self.env.mujoco_renderer.default_cam_config
+        # The camera "track", if the robot has one, follows it.
+        tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0
         camera = {"camera_name": "track"} if tracks else {}
         try:
             self.renderer = MujocoRenderer(model, self.env.data, config, SIZE, SIZE, **camera)
@@ -201,7 +203,8 @@ class Film:
             raise RuntimeError(f"{os.environ['MUJOCO_GL']} cannot draw here: {e}") from e
         self.paths[0].parent.mkdir(parents=True, exist_ok=True)
         self.mp4 = imageio.get_writer(self.paths[0], fps=round(1 / self.env.dt))
-        self.gif, self.num_frames = [], 0
+        self.gif = []
+        self.num_frames = 0
         self.bar = tqdm(
             total=getattr(self.base, "max_episode_steps", None),
             desc="film",
@@ -211,10 +214,10 @@ class Film:
 
     def draw(self) -> np.ndarray:
         """The first environment as it is now, RGB [height, width, 3]."""
-        if isinstance(
-            self.base, MujocoVectorEnv
-        ):  # `env` is not one of the simulations: show their state with it
-            self.env.data.qpos[:], self.env.data.qvel[:] = self.base.qpos[0], self.base.qvel[0]
+        if isinstance(self.base, MujocoVectorEnv):
+            # `env` is not one of the simulations: show the first one's state with it.
+            self.env.data.qpos[:] = self.base.qpos[0]
+            self.env.data.qvel[:] = self.base.qvel[0]
             mujoco.mj_forward(self.env.model, self.env.data)
         return self.renderer.render("rgb_array")
 
@@ -223,7 +226,8 @@ class Film:
         image = Image.fromarray(self.draw())
         legend = ImageDraw.Draw(image)
         for agent, color in enumerate(self.colors):
-            y, fill = 24 * agent, tuple(int(255 * x) for x in color)
+            y = 24 * agent
+            fill = tuple(int(255 * x) for x in color)
             legend.rectangle((0, y, 90, y + 23), fill)
             legend.text(
                 (10, y + 3),
@@ -234,13 +238,10 @@ class Film:
                 stroke_fill="black",
             )
         self.mp4.append_data(np.asarray(image))
-        if (
-            self.num_frames % max(1, round(1 / self.env.dt / GIF_FPS)) == 0
-            and len(self.gif) < GIF_FRAMES
-        ):
-            self.gif.append(
-                image.resize((GIF_SIZE, GIF_SIZE)).quantize(128, Image.Quantize.MAXCOVERAGE)
-            )
+        frames_apart = max(1, round(1 / self.env.dt / GIF_FPS))
+        if self.num_frames % frames_apart == 0 and len(self.gif) < GIF_FRAMES:
+            small = image.resize((GIF_SIZE, GIF_SIZE))
+            self.gif.append(small.quantize(128, Image.Quantize.MAXCOVERAGE))
         self.num_frames += 1
         self.bar.update()
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import envs
 
 SCRIPT = Path(__file__).stem
-KEPT = ("env_id", "agent_obsk", "num_envs", "hidden_sizes", "share_param")  # by a resumed run
+KEPT = ("env_id", "seed", "agent_obsk", "num_envs", "hidden_sizes", "share_param")  # on --resume
 MAX_EPISODE_STEPS = 100_000  # an evaluation cuts longer episodes
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -220,9 +220,9 @@ def happo_update(
     """Update the actors one after the other in random order, each on its objective with the factor M.
 
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
-    `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged: of
-    each agent's update, the standard deviation of the last M, and the joint KL on the batch.
-    `optimizer` has the parameters of all actors.
+    `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged, on
+    the whole batch: each agent's statistics, and after the last agent the standard deviation of M
+    and the joint KL. `optimizer` has the parameters of all actors.
     """
     num_agents = len(actors)
     with torch.no_grad():  # before the first update: with shared parameters it changes every agent
@@ -291,7 +291,8 @@ class Policy(nn.Module):
         if args.share_param:
             if len(set(map(len, self.act_ids))) > 1:
                 raise ValueError("--share-param needs agents with equally many actuators")
-            # A one-hot agent id, and padding: `observe` appends a 0, entry obs_dim, and a 1 behind it.
+            # `observe` appends a 0, entry obs_dim, and a 1, entry obs_dim + 1. The 0 pads the shorter
+            # observations, and rows of 0s and a 1 are the agents' one-hot ids.
             padded = nn.utils.rnn.pad_sequence(
                 self.obs_ids, batch_first=True, padding_value=obs_dim
             )
@@ -299,7 +300,7 @@ class Policy(nn.Module):
             self.obs_ids = list(torch.cat([padded, agent_ids], dim=1))
         actors = [Actor(len(o), len(a), args) for o, a in zip(self.obs_ids, self.act_ids)]
         if args.share_param:
-            actors = actors[:1] * len(actors)
+            actors = actors[:1] * len(actors)  # one module, listed once for each agent
         self.actors = nn.ModuleList(actors)
 
     def observe(self, obs: Tensor) -> list[Tensor]:
@@ -321,8 +322,9 @@ class Policy(nn.Module):
 class NormalizedEnv:
     """A vector environment with normalised observations and rewards, and actions in [-1, 1].
 
-    Observations are standardised, rewards divided by the standard deviation of the discounted return;
-    both statistics are running ones. (Gymnasium's NormalizeObservation refuses SAME_STEP autoreset.)
+    Observations are standardised, rewards divided by the standard deviation of the discounted
+    return, with running statistics, and both clipped to [-10, 10]: common practice, no part of the
+    algorithm. (Gymnasium's NormalizeObservation refuses SAME_STEP autoreset.)
     """
 
     def __init__(self, vec: VectorEnv, seed: int, gamma: float) -> None:
@@ -353,7 +355,7 @@ class NormalizedEnv:
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
-        return np.clip(actions, low, high)  # rounding can leave a range like (-0.2, 1)
+        return np.clip(actions, low, high)  # Gaussian samples can be outside, and rounded values
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
@@ -377,8 +379,7 @@ class NormalizedEnv:
             self.returns[done] = 0
             self.lengths[done] = 0
         rewards = np.clip(rewards / np.sqrt(self.return_rms.var + 1e-8), -10, 10)
-        results = torch.tensor(np.stack([rewards, terminations, truncations]), dtype=torch.float32)
-        return next_obs, *results
+        return next_obs, *map(torch.tensor, (rewards, terminations, truncations))
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
@@ -409,12 +410,13 @@ class NormalizedEnv:
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
     """Play one episode without noise in each environment of `vec`, with frozen statistics."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
-    returns, lengths = np.zeros((2, vec.num_envs))
+    returns = np.zeros(vec.num_envs)
+    lengths = np.zeros(vec.num_envs)
     running = np.full(vec.num_envs, True)
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
-        returns += running * rewards
+        returns += running * rewards  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
     if running.any():
@@ -451,7 +453,7 @@ def parse_args() -> tuple[Args, dict | None]:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            default = Args(**checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume})
+            default = Args(**(checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume}))
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
@@ -620,26 +622,30 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if last or global_step % args.eval_interval < batch_size:
             if args.eval_episodes:
                 log |= evaluate(eval_vec, env, policy.cpu(), eval_seed)
-            shown = [f"{name} {log[name]:.1f}" for name in log if "return" in name or "SPS" in name]
+            summary = f"step {global_step}"
+            for name in ("charts/SPS", "charts/episodic_return", "eval/episodic_return"):
+                if name in log:
+                    summary += f" {name} {log[name]:.1f}"
             with tqdm.external_write_mode():
-                print(f"step {global_step}", *shown, flush=True)
+                print(summary, flush=True)
         for name, value in log.items():
             if not np.isfinite(float(value)):
+                writer.close()  # what was logged before shows how it came to this
                 sys.exit(f"error: {name} is {float(value)} at step {global_step}")
             writer.add_scalar(name, value, global_step)
 
         # Checkpoint
         if last or global_step % args.checkpoint_interval < batch_size:
             writer.flush()  # first: a checkpoint never runs ahead of the log
+            state = {name: part.state_dict() for name, part in saved.items()}
             model = {
                 "script": SCRIPT,
                 "args": asdict(args),
-                "obs_rms": env.state_dict()["obs_rms"],
+                "obs_rms": state["env"]["obs_rms"],
                 "obs_ids": [ids.tolist() for ids in policy.obs_ids],
                 "act_ids": [ids.tolist() for ids in policy.act_ids],
-                "policy": policy.state_dict(),
+                "policy": state["policy"],
             }
-            state = {name: part.state_dict() for name, part in saved.items()}
             state |= model | {"step": global_step, "rng": torch.get_rng_state()}
             save(state, run_dir / "checkpoint.pt")
             save(model, run_dir / "model.pt")

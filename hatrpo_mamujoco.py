@@ -37,7 +37,7 @@ from tqdm import tqdm
 import envs
 
 SCRIPT = Path(__file__).stem
-KEPT = ("env_id", "agent_obsk", "num_envs", "hidden_sizes", "share_param")  # by a resumed run
+KEPT = ("env_id", "seed", "agent_obsk", "num_envs", "hidden_sizes", "share_param")  # on --resume
 MAX_EPISODE_STEPS = 100_000  # an evaluation cuts longer episodes
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -99,9 +99,9 @@ class Args:
     max_growth: Annotated[float, Field(ge=1)] = 4.0
     """delta grows up to this many times target_kl while steps go uphill; 1: it stays"""
     momentum: Fraction = 0.8
-    """how much of the earlier batches' gradients each iteration keeps; 0: this batch's alone"""
+    """factor of the earlier batches in the sum of gradients; 0: this batch's gradient alone"""
     max_ratio: PositiveFloat = 2.0
-    """M counts the earlier agents' joint ratio up to this; inf: as it is"""
+    """the earlier agents' joint ratio is cut at this value in M; inf: never"""
     backtrack_coeff: Fraction = 0.8
     """alpha: a rejected step is multiplied with it"""
     backtrack_iters: NonNegativeInt = 10
@@ -233,12 +233,13 @@ def conjugate_gradient(
         if rr < 1e-10:
             break
         H_direction = H(direction)
-        if i == 0:  # Not in the paper (--cg-damping 0): the damping
+        # Not in the paper (--cg-damping 0): the damping. The first direction is b itself.
+        if i == 0:
             c = damping * (b @ H_direction) / rr
         damped = H_direction + c * direction
         alpha = rr / (direction @ damped)
-        x = x + alpha * direction
-        Hx = Hx + alpha * H_direction
+        x += alpha * direction
+        Hx += alpha * H_direction
         residual = residual - alpha * damped
         new_rr = residual @ residual
         direction = residual + new_rr / rr * direction
@@ -319,7 +320,9 @@ def trpo_step(
             new_objective, new_logratio = objective(new_dist)
             gain = new_objective - old_objective
             kl = kl_divergence(dist, new_dist).mean()
-        if gain > 0 and gain >= args.accept_ratio * scale * expected_gain and kl <= region.delta:
+        required_gain = args.accept_ratio * scale * expected_gain
+        # The pseudocode tests the gain only, TRPO (Schulman et al. 2015, app. C) the KL as well.
+        if gain > 0 and gain >= required_gain and kl <= region.delta:
             actor.load_state_dict(new_actor.state_dict())
             last_step += scale * step
             logratio = new_logratio
@@ -342,9 +345,9 @@ def hatrpo_update(
     """Update the actors one after the other in random order, each by a trust-region step on M.
 
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
-    `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged: of
-    each agent's update, the standard deviation of the last M, and the joint KL on the batch.
-    `region` is brought up to date: the sums of gradients, the last steps, the next radius.
+    `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged, on
+    the whole batch: each agent's statistics, and after the last agent the standard deviation of M
+    and the joint KL; and the radius. `region` is brought up to date.
     """
     num_agents = len(actors)
     with torch.no_grad():  # before the first update: with shared parameters it changes every agent
@@ -353,7 +356,9 @@ def hatrpo_update(
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()
     M = advantages
     joint_logratio = torch.zeros_like(M)  # sum of the earlier agents' log-ratios
-    slope = 0.0  # of all the last steps
+    slope = 0.0  # this batch's gradient along the agents' last steps, summed up
+    region.delta.clamp_(args.target_kl, args.max_growth * args.target_kl)
+    log["losses/delta"] = region.delta.clone()
     for i in order:
         logratio, stats = trpo_step(actors[i], obs[i], actions[i], logprobs[i], M, region, i, args)
         for name, value in stats.items():
@@ -364,11 +369,9 @@ def hatrpo_update(
         joint_logratio += logratio
         # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes.
         M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
-    # Not in the paper (--max-growth 1): the radius grows while the last steps go uphill on this batch,
-    # too, which they were not made from.
+    # Not in the paper (--max-growth 1): the next radius is larger if the last steps go uphill on
+    # this batch, from which they were not made. It grows where two in three iterations say so.
     region.delta *= 1.02 if slope > 0 else 1 / 1.04
-    region.delta.clamp_(args.target_kl, args.max_growth * args.target_kl)
-    log["losses/delta"] = region.delta.clone()
     log["losses/M_std"] = M.std()
     log["losses/joint_kl"] = approx_kl(joint_logratio)
     return log
@@ -407,7 +410,8 @@ class Policy(nn.Module):
         if args.share_param:
             if len(set(map(len, self.act_ids))) > 1:
                 raise ValueError("--share-param needs agents with equally many actuators")
-            # A one-hot agent id, and padding: `observe` appends a 0, entry obs_dim, and a 1 behind it.
+            # `observe` appends a 0, entry obs_dim, and a 1, entry obs_dim + 1. The 0 pads the shorter
+            # observations, and rows of 0s and a 1 are the agents' one-hot ids.
             padded = nn.utils.rnn.pad_sequence(
                 self.obs_ids, batch_first=True, padding_value=obs_dim
             )
@@ -415,7 +419,7 @@ class Policy(nn.Module):
             self.obs_ids = list(torch.cat([padded, agent_ids], dim=1))
         actors = [Actor(len(o), len(a), args) for o, a in zip(self.obs_ids, self.act_ids)]
         if args.share_param:
-            actors = actors[:1] * len(actors)
+            actors = actors[:1] * len(actors)  # one module, listed once for each agent
         self.actors = nn.ModuleList(actors)
 
     def observe(self, obs: Tensor) -> list[Tensor]:
@@ -437,8 +441,9 @@ class Policy(nn.Module):
 class NormalizedEnv:
     """A vector environment with normalised observations and rewards, and actions in [-1, 1].
 
-    Observations are standardised, rewards divided by the standard deviation of the discounted return;
-    both statistics are running ones. (Gymnasium's NormalizeObservation refuses SAME_STEP autoreset.)
+    Observations are standardised, rewards divided by the standard deviation of the discounted
+    return, with running statistics, and both clipped to [-10, 10]: common practice, no part of the
+    algorithm. (Gymnasium's NormalizeObservation refuses SAME_STEP autoreset.)
     """
 
     def __init__(self, vec: VectorEnv, seed: int, gamma: float) -> None:
@@ -469,7 +474,7 @@ class NormalizedEnv:
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
-        return np.clip(actions, low, high)  # rounding can leave a range like (-0.2, 1)
+        return np.clip(actions, low, high)  # Gaussian samples can be outside, and rounded values
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
@@ -493,8 +498,7 @@ class NormalizedEnv:
             self.returns[done] = 0
             self.lengths[done] = 0
         rewards = np.clip(rewards / np.sqrt(self.return_rms.var + 1e-8), -10, 10)
-        results = torch.tensor(np.stack([rewards, terminations, truncations]), dtype=torch.float32)
-        return next_obs, *results
+        return next_obs, *map(torch.tensor, (rewards, terminations, truncations))
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
@@ -525,12 +529,13 @@ class NormalizedEnv:
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
     """Play one episode without noise in each environment of `vec`, with frozen statistics."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
-    returns, lengths = np.zeros((2, vec.num_envs))
+    returns = np.zeros(vec.num_envs)
+    lengths = np.zeros(vec.num_envs)
     running = np.full(vec.num_envs, True)
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
-        returns += running * rewards
+        returns += running * rewards  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
     if running.any():
@@ -567,7 +572,7 @@ def parse_args() -> tuple[Args, dict | None]:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            default = Args(**checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume})
+            default = Args(**(checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume}))
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
@@ -733,26 +738,30 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if last or global_step % args.eval_interval < batch_size:
             if args.eval_episodes:
                 log |= evaluate(eval_vec, env, policy.cpu(), eval_seed)
-            shown = [f"{name} {log[name]:.1f}" for name in log if "return" in name or "SPS" in name]
+            summary = f"step {global_step}"
+            for name in ("charts/SPS", "charts/episodic_return", "eval/episodic_return"):
+                if name in log:
+                    summary += f" {name} {log[name]:.1f}"
             with tqdm.external_write_mode():
-                print(f"step {global_step}", *shown, flush=True)
+                print(summary, flush=True)
         for name, value in log.items():
             if not np.isfinite(float(value)):
+                writer.close()  # what was logged before shows how it came to this
                 sys.exit(f"error: {name} is {float(value)} at step {global_step}")
             writer.add_scalar(name, value, global_step)
 
         # Checkpoint
         if last or global_step % args.checkpoint_interval < batch_size:
             writer.flush()  # first: a checkpoint never runs ahead of the log
+            state = {name: part.state_dict() for name, part in saved.items()}
             model = {
                 "script": SCRIPT,
                 "args": asdict(args),
-                "obs_rms": env.state_dict()["obs_rms"],
+                "obs_rms": state["env"]["obs_rms"],
                 "obs_ids": [ids.tolist() for ids in policy.obs_ids],
                 "act_ids": [ids.tolist() for ids in policy.act_ids],
-                "policy": policy.state_dict(),
+                "policy": state["policy"],
             }
-            state = {name: part.state_dict() for name, part in saved.items()}
             state |= model | {"step": global_step, "rng": torch.get_rng_state()}
             save(state, run_dir / "checkpoint.pt")
             save(model, run_dir / "model.pt")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import envs
 
 SCRIPT = Path(__file__).stem
-KEPT = ("env_id", "agent_obsk", "num_envs", "hidden_sizes", "buffer_size")  # by a resumed run
+KEPT = ("env_id", "seed", "agent_obsk", "num_envs", "hidden_sizes", "buffer_size")  # on --resume
 MAX_EPISODE_STEPS = 100_000  # an evaluation cuts longer episodes
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -158,11 +158,10 @@ def n_step_returns(
     `stored` [B, n] whether it exists: the first always does, and none does after one that does not.
     Returns the sums [B], and how many steps each has, int [B].
     """
-    # Not in the paper (--n-step 1): targets of more than one reward.
-    ended_before = ends.cumsum(1) - ends.long() > 0
-    counts = stored & ~ended_before
+    num_ends_before = ends.cumsum(1) - ends.long()
+    used = stored & (num_ends_before == 0)
     discounts = gamma ** torch.arange(rewards.shape[1], device=rewards.device)
-    return (rewards * discounts * counts).sum(1), counts.sum(1)
+    return (rewards * discounts * used).sum(1), used.sum(1)
 
 
 class ReplayBuffer:
@@ -202,20 +201,21 @@ class ReplayBuffer:
         [B] of its value: gamma^steps, and 0 after a termination.
         """
         age = torch.randint(self.size, (batch_size, 1)).to(self.device)  # 0 is the oldest step
-        env = torch.randint(self.num_envs, (batch_size, 1)).to(self.device)
-        window = age + torch.arange(n_step, device=self.device)
+        column = torch.randint(self.num_envs, (batch_size, 1)).to(self.device)  # which environment
+        window = age + torch.arange(n_step, device=self.device)  # [B, n]
         stored = window < self.size  # a window ends at the newest step
         rows = (self.position - self.size + window) % self.capacity
-        terminations = self.data["terminations"][rows, env]
-        ends = (terminations + self.data["truncations"][rows, env]) > 0
-        returns, steps = n_step_returns(self.data["rewards"][rows, env], ends, stored, gamma)
+        terminations = self.data["terminations"][rows, column]
+        ends = (terminations + self.data["truncations"][rows, column]) > 0
+        # Not in the paper (--n-step 1): targets of more than one reward.
+        returns, steps = n_step_returns(self.data["rewards"][rows, column], ends, stored, gamma)
         first = rows[:, 0]
         last = rows.gather(1, steps[:, None] - 1).squeeze(1)
-        env = env.squeeze(1)
-        discounts = gamma**steps * (1 - self.data["terminations"][last, env])
-        obs = self.data["obs"][first, env]
-        actions = self.data["actions"][first, env]
-        next_obs = self.data["next_obs"][last, env]
+        column = column.squeeze(1)  # [B]
+        discounts = gamma**steps * (1 - self.data["terminations"][last, column])
+        obs = self.data["obs"][first, column]
+        actions = self.data["actions"][first, column]
+        next_obs = self.data["next_obs"][last, column]
         return obs, actions, returns, next_obs, discounts
 
     def state_dict(self) -> dict:
@@ -346,7 +346,7 @@ class NormalizedEnv:
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
-        return np.clip(actions, low, high)  # rounding can leave a range like (-0.2, 1)
+        return np.clip(actions, low, high)  # Gaussian samples can be outside, and rounded values
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
@@ -367,8 +367,7 @@ class NormalizedEnv:
             self.finished += zip(self.returns[done], self.lengths[done])
             self.returns[done] = 0
             self.lengths[done] = 0
-        results = torch.tensor(np.stack([rewards, terminations, truncations]), dtype=torch.float32)
-        return next_obs, *results
+        return next_obs, *map(torch.tensor, (rewards, terminations, truncations))
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
@@ -397,12 +396,13 @@ class NormalizedEnv:
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
     """Play one episode without noise in each environment of `vec`, with frozen statistics."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
-    returns, lengths = np.zeros((2, vec.num_envs))
+    returns = np.zeros(vec.num_envs)
+    lengths = np.zeros(vec.num_envs)
     running = np.full(vec.num_envs, True)
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
-        returns += running * rewards
+        returns += running * rewards  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
     if running.any():
@@ -439,7 +439,7 @@ def parse_args() -> tuple[Args, dict | None]:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            default = Args(**checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume})
+            default = Args(**(checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume}))
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
@@ -589,11 +589,11 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             )
 
             # Updates: as many as are due
-            updates_before = max(0, step - args.learning_starts) * args.updates_per_step
-            updates_after = (
-                max(0, step + args.num_envs - args.learning_starts) * args.updates_per_step
-            )
-            for _ in range(int(updates_after) - int(updates_before)):
+            steps_before = max(0, step - args.learning_starts)
+            steps_after = max(0, step + args.num_envs - args.learning_starts)
+            updates_before = int(steps_before * args.updates_per_step)
+            updates_after = int(steps_after * args.updates_per_step)
+            for _ in range(updates_after - updates_before):
                 sample = buffer.sample(args.batch_size, args.n_step, args.gamma)
                 b_obs, b_actions, b_returns, b_next_obs, b_discounts = sample
                 b_obs = env.normalize(b_obs)
@@ -626,26 +626,30 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         if last or global_step % args.eval_interval < iteration_steps:
             if args.eval_episodes:
                 log |= evaluate(eval_vec, env, policy, eval_seed)
-            shown = [f"{name} {log[name]:.1f}" for name in log if "return" in name or "SPS" in name]
+            summary = f"step {global_step}"
+            for name in ("charts/SPS", "charts/episodic_return", "eval/episodic_return"):
+                if name in log:
+                    summary += f" {name} {log[name]:.1f}"
             with tqdm.external_write_mode():
-                print(f"step {global_step}", *shown, flush=True)
+                print(summary, flush=True)
         for name, value in log.items():
             if not np.isfinite(float(value)):
+                writer.close()  # what was logged before shows how it came to this
                 sys.exit(f"error: {name} is {float(value)} at step {global_step}")
             writer.add_scalar(name, value, global_step)
 
         # Checkpoint
         if last or global_step % args.checkpoint_interval < iteration_steps:
             writer.flush()  # first: a checkpoint never runs ahead of the log
+            state = {name: part.state_dict() for name, part in saved.items()}
             model = {
                 "script": SCRIPT,
                 "args": asdict(args),
-                "obs_rms": env.state_dict()["obs_rms"],
+                "obs_rms": state["env"]["obs_rms"],
                 "obs_ids": [ids.tolist() for ids in policy.obs_ids],
                 "act_ids": [ids.tolist() for ids in policy.act_ids],
-                "policy": policy.state_dict(),
+                "policy": state["policy"],
             }
-            state = {name: part.state_dict() for name, part in saved.items()}
             state |= model | {"step": global_step, "rng": torch.get_rng_state()}
             save(state, run_dir / "checkpoint.pt")
             save(model, run_dir / "model.pt")

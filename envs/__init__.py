@@ -121,12 +121,13 @@ def make_vec(
         raise ValueError(
             f"num_threads is {num_threads}: it must be 0 (one per CPU) to {MAX_THREADS}"
         )
-    robot, text = env_id, partition
-    if partition is None:
-        robot, bracket, lists = env_id.partition("-[")  # lists may have hyphens: "Ant-[[0,-1]]"
-        text = "[" + lists
-        if not bracket:
-            robot, _, text = env_id.rpartition("-")
+    robot = env_id
+    text = partition
+    if partition is None and "-[" in env_id:  # lists may have hyphens: "Ant-[[0,-1]]"
+        robot, text = env_id.split("-[", maxsplit=1)
+        text = "[" + text
+    elif partition is None:
+        robot, _, text = env_id.rpartition("-")
     if robot not in ROBOTS:
         return _make_gymnasium_vec(robot, text, num_envs, agent_obsk)
     gym_id, task_class = ROBOTS[robot]

@@ -139,9 +139,7 @@ def joint_graph(model: mujoco.MjModel) -> np.ndarray:
     def joint_above(joint: int) -> tuple[str, int]:
         """The nearest actuated joint between `joint` and the root, or the root body if there is none."""
         body = model.jnt_bodyid[joint]
-        above = range(
-            model.body_jntadr[body], joint
-        )  # those of one body are chained in their order
+        above = range(model.body_jntadr[body], joint)  # those of one body are chained in order
         while body != 0:
             for j in reversed(above):
                 if j in actuator_of:

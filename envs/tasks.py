@@ -132,7 +132,7 @@ class MujocoVectorEnv(VectorEnv):
     def _reward(
         self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
     ) -> np.ndarray:
-        """The rewards of one step, [num_envs]."""
+        """The rewards of one step, [num_envs]; `x_velocity` is the speed of `_position`, in m/s."""
         raise NotImplementedError
 
     # The vector environment
@@ -402,7 +402,7 @@ class Reacher(MujocoVectorEnv):
         self, actions: np.ndarray, x_velocity: np.ndarray, healthy: np.ndarray
     ) -> np.ndarray:
         reward_dist = -np.linalg.norm(self._to_target(), axis=1) * self.env._reward_dist_weight
-        return reward_dist + -np.square(actions).sum(axis=1) * self.env._reward_control_weight
+        return reward_dist - np.square(actions).sum(axis=1) * self.env._reward_control_weight
 
 
 class Pusher(MujocoVectorEnv):
@@ -448,6 +448,7 @@ class CoupledHalfCheetah(MujocoVectorEnv):
         return np.concatenate([self.qpos[:, 1:9], self.qpos[:, 10:18], self.qvel, *tendon], axis=1)
 
     def _position(self) -> np.ndarray:
+        """x of both torsos, in metres, [num_envs, 2]."""
         return self.qpos[:, [0, 9]]
 
     def _reward(

@@ -31,7 +31,7 @@ class Sibling(NamedTuple):
 SIBLINGS = {
     "mappo": Sibling(4400, PPO_TAGS),
     "happo": Sibling(4400, PPO_TAGS, "mappo", 50),
-    "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 235),
+    "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 238),
     "ippo": Sibling(4400, PPO_TAGS, "mappo", 55),
     "maddpg": Sibling(4400, {"policy_loss"}),
 }

@@ -540,6 +540,7 @@ def test_a_checkpoint_of_another_script_is_refused(
     [
         (["--env-id", "Ant-4x2"], "env_id must stay Reacher-2x1"),
         (["--env-id", "Reacher-[[1],[0]]"], "env_id must stay Reacher-2x1"),
+        (["--seed", 2], "seed must stay 1"),
         (["--agent-obsk", 0], "agent_obsk must stay None"),
         (["--hidden-sizes", 8], "hidden_sizes must stay (16, 16)"),
         (["--num-envs", 5], "num_envs must stay 4"),

@@ -540,20 +540,24 @@ def test_huge_numbers_work_where_they_make_sense(name: str, tmp_path: Path, caps
 # Failing
 
 
-def test_not_finite_stops_the_run(script: ModuleType, tmp_path: Path, monkeypatch):
-    """NaN in one agent's parameters: the run names the agent and the step; the last model is finite."""
+def break_agent_1(script: ModuleType, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the update of that number leave agent 1 broken, so that what is logged of it is NaN."""
     update = update_of(script)
     calls = []
 
     def poisoned(actors, *args):
-        """The second update leaves agent 1 broken, so that what is logged of it is NaN."""
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == number:
             with torch.no_grad():
                 actors[1].log_std[0] = torch.nan
         return update(actors, *args)
 
     monkeypatch.setattr(script, update.__name__, poisoned)
+
+
+def test_not_finite_stops_the_run(script: ModuleType, tmp_path: Path, monkeypatch):
+    """NaN in one agent's parameters: the run names the agent and the step; the last model is finite."""
+    break_agent_1(script, 2, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         train(script, tmp_path / "run", checkpoint_interval=1)
     # Python prints a message of sys.exit and exits with code 1. It claims nothing about files.
@@ -562,3 +566,12 @@ def test_not_finite_stops_the_run(script: ModuleType, tmp_path: Path, monkeypatc
     assert checkpoint["step"] == 128
     model = model_of(tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in model["policy"].values())
+
+
+def test_a_run_that_fails_keeps_its_log(script: ModuleType, tmp_path: Path, monkeypatch):
+    """What was logged since the last checkpoint, here since the start, shows how it came to the failure."""
+    break_agent_1(script, 3, monkeypatch)
+    with pytest.raises(SystemExit):
+        train(script, tmp_path / "run", total_timesteps=512, checkpoint_interval=10_000)
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in log.Scalars("charts/SPS")] == [128, 256]

@@ -134,7 +134,7 @@ def test_maddpg_has_the_others_plumbing():
     [
         (r"^    # Log$", r"^    steps = "),
         (r'^        log\["charts/SPS"\]', r"^                log .= evaluate"),
-        (r"^            shown = ", r"^        # Checkpoint$"),
+        (r"^            summary = ", r"^        # Checkpoint$"),
         (r"^        # Checkpoint$", r"\Z"),
         (r"^import shlex$", r"^from pydantic import"),
         (r"^Fraction = ", r"^    checkpoint_interval"),

@@ -682,9 +682,9 @@ def test_update_of_gaussian_and_categorical_agents(share_param):
             counted["cut"] += (ratio > 1.2).sum()
         uphill = sum(stats[f"agent_{i}/slope"] for i in range(4)) > 0
         counted["uphill" if uphill else "downhill"] += 1
+        stats["losses/delta"] = delta
         delta = min(delta * 1.02, 0.104) if uphill else max(delta / 1.04, 0.1)
         counted["at the largest"] += delta == 0.104
-        stats["losses/delta"] = delta
         stats["losses/M_std"] = M.std().item()
         stats["losses/joint_kl"] = k3(joint_logratio).item()
         expected = [theta_of(actor) for actor in distinct]
