@@ -706,6 +706,22 @@ def test_update_of_gaussian_and_categorical_agents(share_param):
     assert min(counted["uphill"], counted["downhill"], counted["at the largest"]) >= 1
 
 
+def test_a_radius_out_of_its_range_is_never_used():
+    """A resumed run may have other limits than the run that it continues: the first step already keeps to them."""
+    args = make_args(target_kl=0.001, max_growth=4.0)
+    for saved, used in ((0.1, 0.004), (1e-6, 0.001)):
+        actors = [make_actor(seed) for seed in (0, 1)]
+        region = hatrpo.TrustRegion(actors, args)
+        region.delta.fill_(saved)
+        batches = [make_batch(actor, i) for i, actor in enumerate(actors)]
+        obs = [batch.obs for batch in batches]
+        actions = [batch.actions for batch in batches]
+        log = hatrpo.hatrpo_update(actors, region, obs, actions, batches[0].M, args)
+        assert float(log["losses/delta"]) == pytest.approx(used)
+        for i in range(2):
+            assert used / 4 < float(log[f"agent_{i}/kl"]) <= used * (1 + 1e-6)
+
+
 def test_no_step_ever_leaves_the_trust_region():
     """Four hundred random problems: KLs within the radius, gain as promised, or nothing changed to the last bit."""
     rng = np.random.default_rng(0)
