@@ -96,7 +96,7 @@ class Args:
     """minibatches per pass"""
     target_kl: Rate = 0.0012
     """the smallest delta: radius of each agent's step, as mean KL divergence in nats"""
-    max_growth: Annotated[float, Field(ge=1)] = 4.0
+    max_growth: Annotated[float, Field(ge=1)] = 1.6
     """delta grows up to this many times target_kl while steps go uphill; 1: it stays"""
     momentum: Fraction = 0.8
     """factor of the earlier batches in the sum of gradients; 0: this batch's gradient alone"""
