@@ -111,7 +111,7 @@ class Args:
     cg_iters: PositiveInt = 6
     """iterations of the conjugate gradient method"""
     cg_damping: Annotated[float, Field(ge=0)] = 0.03
-    """added to the Fisher matrix's diagonal, as a fraction of its curvature along the gradient"""
+    """added to the Fisher matrix's diagonal, as a fraction of its curvature along the sum"""
     ent_coef: Fraction = 0.0
     """coefficient of the entropy bonus"""
     max_grad_norm: PositiveFloat = 10.0
