@@ -289,7 +289,7 @@ class Policy(nn.Module):
 
     def observe(self, obs: Tensor) -> list[Tensor]:
         """Flat observations [B, obs_dim] to what each agent sees, [B, obs_dim_i]."""
-        obs = pad(obs, (0, 1), value=0.0)
+        obs = pad(obs, (0, 1))
         obs = pad(obs, (0, 1), value=1.0)
         return [obs[:, ids] for ids in self.obs_ids]
 
@@ -362,8 +362,8 @@ class NormalizedEnv:
             self.discounted[done] = 0
             self.returns[done] = 0
             self.lengths[done] = 0
-        rewards = np.clip(rewards / np.sqrt(self.return_rms.var + 1e-8), -10, 10)
-        return next_obs, *map(torch.tensor, (rewards, terminations, truncations))
+        rewards = torch.tensor(rewards / np.sqrt(self.return_rms.var + 1e-8)).clamp(-10, 10)
+        return next_obs, rewards, torch.tensor(terminations), torch.tensor(truncations)
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
@@ -437,7 +437,9 @@ def parse_args() -> tuple[Args, dict | None]:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            default = Args(**(checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume}))
+            default = Args(**checkpoint["args"])
+            default.run_dir = args.resume
+            default.resume = args.resume
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:

@@ -265,8 +265,7 @@ def actor_update(
     obs = obs.expand(len(joint_actions), -1, -1)
     losses = -critic(obs, torch.stack(joint_actions)).mean(1)  # one for each agent
     optimizer.zero_grad()
-    actor_parameters = optimizer.param_groups[0]["params"]
-    losses.sum().backward(inputs=actor_parameters)  # the critic gets no gradient
+    losses.sum().backward(inputs=optimizer.param_groups[0]["params"])  # the critic gets no gradient
     optimizer.step()
     return {f"agent_{i}/policy_loss": loss for i, loss in enumerate(losses.detach())}
 
@@ -367,7 +366,8 @@ class NormalizedEnv:
             self.finished += zip(self.returns[done], self.lengths[done])
             self.returns[done] = 0
             self.lengths[done] = 0
-        return next_obs, *map(torch.tensor, (rewards, terminations, truncations))
+        rewards = torch.tensor(rewards)
+        return next_obs, rewards, torch.tensor(terminations), torch.tensor(truncations)
 
     def state_dict(self) -> dict:
         """The statistics, and the simulations if `vec` can save them (`get_state`, `set_state`)."""
@@ -439,7 +439,9 @@ def parse_args() -> tuple[Args, dict | None]:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
-            default = Args(**(checkpoint["args"] | {"run_dir": args.resume, "resume": args.resume}))
+            default = Args(**checkpoint["args"])
+            default.run_dir = args.resume
+            default.resume = args.resume
         except Exception as e:  # torch.load raises whatever the bytes lead it to
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
@@ -594,8 +596,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             updates_before = int(steps_before * args.updates_per_step)
             updates_after = int(steps_after * args.updates_per_step)
             for _ in range(updates_after - updates_before):
-                sample = buffer.sample(args.batch_size, args.n_step, args.gamma)
-                b_obs, b_actions, b_returns, b_next_obs, b_discounts = sample
+                b_obs, b_actions, b_returns, b_next_obs, b_discounts = buffer.sample(
+                    args.batch_size, args.n_step, args.gamma
+                )
                 b_obs = env.normalize(b_obs)
                 b_next_obs = env.normalize(b_next_obs)
                 with torch.no_grad():
