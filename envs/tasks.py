@@ -412,11 +412,10 @@ class Pusher(MujocoVectorEnv):
 
     def _obs_entries(self) -> list[ObsEntry]:
         hand = ("xpos", self.env.model.body("tips_arm").id)
-        return (
-            [(field, i) for field in ("qpos", "qvel") for i in range(7)]
-            + 3 * [hand]
-            + 6 * [("global", 0)]
-        )
+        positions = [("qpos", i) for i in range(7)]
+        velocities = [("qvel", i) for i in range(7)]
+        object_and_goal = 6 * [("global", 0)]
+        return positions + velocities + 3 * [hand] + object_and_goal
 
     def _observation(self) -> np.ndarray:
         coms = [self.batch.body(name).xpos for name in ("tips_arm", "object", "goal")]
@@ -438,8 +437,10 @@ class CoupledHalfCheetah(MujocoVectorEnv):
     derived_fields = ("ten_J", "ten_length", "ten_velocity")
 
     def _obs_entries(self) -> list[ObsEntry]:
-        qpos = [("qpos", i) for i in (*range(1, 9), *range(10, 18))]
-        return [*qpos, *(("qvel", i) for i in range(18)), *[("global", 0)] * 6]
+        positions = [("qpos", i) for i in (*range(1, 9), *range(10, 18))]
+        velocities = [("qvel", i) for i in range(18)]
+        tendon = 6 * [("global", 0)]
+        return positions + velocities + tendon
 
     def _observation(self) -> np.ndarray:
         # MuJoCo 4 stores the tendon's Jacobian sparsely, as six columns: x, z and angle of the first root, then of the
