@@ -99,9 +99,6 @@ class Args:
     """minibatches per pass"""
     clip_coef: Fraction = 0.1
     """epsilon of the clipped objective"""
-    target_kl: Rate | None = 0.06
-    """bound on the joint policy's KL per iteration, in nats; the first m of n agents may use m/n of
-    it; None: no bound"""
     ent_coef: Fraction = 0.0
     """coefficient of the entropy bonus"""
     max_grad_norm: PositiveFloat = 10.0
@@ -231,17 +228,13 @@ def happo_update(
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()
     M = advantages
     joint_logratio = torch.zeros_like(M)  # sum of the earlier agents' log-ratios
-    for m, i in enumerate(order, start=1):
+    for i in order:
         for _ in range(args.update_epochs):
             for mb in torch.randperm(len(obs[0])).chunk(args.num_minibatches):
+                optimizer.zero_grad()  # sets all gradients to None: Adam then steps this agent only
                 loss, logratio, _ = ppo_loss(
                     actors[i], obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb], args
                 )
-                # Not in the paper (--target-kl None): skip a minibatch where the joint KL is used up.
-                joint_kl = approx_kl(joint_logratio[mb] + logratio.detach())
-                if args.target_kl is not None and joint_kl > args.target_kl * m / num_agents:
-                    continue
-                optimizer.zero_grad()  # sets all gradients to None: Adam then steps this agent only
                 loss.backward()
                 nn.utils.clip_grad_norm_(actors[i].parameters(), args.max_grad_norm)
                 optimizer.step()

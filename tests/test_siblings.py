@@ -41,7 +41,7 @@ CRITICS = (
     (r"^        # Critic update$", r"^        # Logging$"),
 )
 # What two scripts may set to different defaults, and explain differently.
-OWN_DEFAULTS = {"num_minibatches", "target_kl"}
+OWN_DEFAULTS = {"num_minibatches"}
 
 
 def read(name: str) -> str:
@@ -267,7 +267,7 @@ def test_all_scripts_are_registered():
 
 OFF = {
     "mappo": {},
-    "happo": {"--target-kl None": ("target_kl", None)},
+    "happo": {},
     "hatrpo": {
         "--cg-damping 0": ("cg_damping", 0),
         "--momentum 0": ("momentum", 0),
@@ -294,11 +294,3 @@ def test_what_is_not_in_the_paper_names_the_flag_that_switches_it_off(name: str,
         changed = {key: value for key, value in vars(args).items() if value != default[key]}
         del changed["run_dir"]  # has the time in it
         assert changed == {switch: off}
-
-
-def test_happos_bound_stands_at_its_mark():
-    """The first condition behind the mark of the bound begins with the switch."""
-    _, behind = read("happo").split("# Not in the paper (--target-kl None)")
-    condition = re.search(r"^ +if (.*):$", behind, re.MULTILINE)
-    assert condition[1].startswith("args.target_kl is not None and joint_kl > ")
-    assert behind[: condition.start()].count("\n") <= 3
