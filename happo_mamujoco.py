@@ -232,7 +232,7 @@ def happo_update(
         for _ in range(args.update_epochs):
             for mb in torch.randperm(len(obs[0])).chunk(args.num_minibatches):
                 optimizer.zero_grad()  # sets all gradients to None: Adam then steps this agent only
-                loss, logratio, _ = ppo_loss(
+                loss, _, _ = ppo_loss(
                     actors[i], obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb], args
                 )
                 loss.backward()

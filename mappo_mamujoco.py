@@ -227,7 +227,7 @@ def mappo_update(
         for mb in torch.randperm(len(obs[0])).chunk(args.num_minibatches):
             optimizer.zero_grad()
             for i in range(num_agents):
-                loss, logratio, _ = ppo_loss(
+                loss, _, _ = ppo_loss(
                     actors[i], obs[i][mb], actions[i][mb], logprobs[i][mb], M[mb], args
                 )
                 loss.backward()  # with shared parameters the agents' gradients add up

@@ -126,7 +126,7 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("the actors see A instead of M", (HAPPO,), "logprobs[i][mb], M[mb], args", "logprobs[i][mb], advantages[mb], args"),
         ("the actors see A instead of M (HATRPO)", (HATRPO,), "logprobs[i], M, region", "logprobs[i], advantages, region"),
         ("M of other rows", (HAPPO,), "logprobs[i][mb], M[mb], args", "logprobs[i][mb], M[: len(mb)], args"),
-        ("M from the policy before its last update", (HAPPO,), "            _, logratio, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)\n", "            _, _, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)\n            logratio = torch.zeros_like(M).index_copy(0, mb, logratio)\n"),
+        ("M from the policy before its last update", (HAPPO,), "                optimizer.step()\n        with torch.no_grad():\n            _, logratio, stats", "                logratio = actors[i](obs[i]).log_prob(actions[i]).detach() - logprobs[i]\n                optimizer.step()\n        with torch.no_grad():\n            _, _, stats"),
         ("M from the next agent's policy", (HAPPO,), "_, logratio, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)", "_, logratio, stats = ppo_loss(actors[i - 1], obs[i - 1], actions[i - 1], logprobs[i - 1], M, args)"),
         ("pi_old of an agent after the others' updates (HATRPO)", (HATRPO,), "    for i in order:\n", "    for i in order:\n        logprobs[i] = actors[i](obs[i]).log_prob(actions[i]).detach()\n"),
         ("pi_old of an agent after the others' updates", (HAPPO,), "    for i in order:\n", "    for i in order:\n        logprobs[i] = actors[i](obs[i]).log_prob(actions[i]).detach()\n"),
