@@ -187,8 +187,8 @@ def read_record(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(COLUMNS, table.T, strict=True))
 
 
-def load(results: Path) -> dict[tuple[str, str], list[Run]]:
-    """The recorded runs of a directory by environment and algorithm, in figure 3's order."""
+def load(results: Path, steps: float = np.inf) -> dict[tuple[str, str], list[Run]]:
+    """The recorded runs of a directory by environment and algorithm, in figure 3's order; of each its first `steps`."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for path in sorted(results.glob("*.csv")):
         name = RUN_NAME.fullmatch(path.stem)
@@ -196,9 +196,14 @@ def load(results: Path) -> dict[tuple[str, str], list[Run]]:
             continue
         env_id, algorithm, seed = name.groups()
         try:
-            run = Run(env_id, algorithm, int(seed), read_record(path))
+            columns = read_record(path)
         except (OSError, ValueError, csv.Error) as e:
             usage_error(f"{path} is no record of a run: {e}")
+        early = columns["step"] <= steps
+        if not early.any():
+            usage_error(f"{path} begins after step {steps:,.0f}")
+        columns = {name: values[early] for name, values in columns.items()}
+        run = Run(env_id, algorithm, int(seed), columns)
         groups.setdefault((env_id, algorithm), []).append(run)
     if not groups:
         usage_error(f"{results} has no recorded runs")
@@ -262,13 +267,14 @@ def improvement(
     return float(probability), float(low), float(high)
 
 
-def table(results: Directory) -> None:
+def table(results: Directory, steps: float = np.inf) -> None:
     """Print the last evaluations of the runs, and what `published.csv` has of their task and algorithm.
 
+    With `steps` they are the last ones up to that step.
     The paper's returns are read off its plot; both sources have 10 million steps of the v2 tasks, which differ from v5,
     most on Ant and Humanoid. A range is as published; "shared" means shared parameters.
     """
-    groups = load(results)
+    groups = load(results, steps)
     published = {}
     with open(Path(__file__).with_name("published.csv"), newline="") as f:
         for row in csv.DictReader(f):
@@ -281,9 +287,9 @@ def table(results: Directory) -> None:
         words = "0 | not evaluated yet" + " |" * 3
         if len(scores):
             low, high = confidence_interval(scores)
-            steps = np.median([run.columns["step"][-1] for run in runs])
+            end = np.median([run.columns["step"][-1] for run in runs])
             words = f"{len(scores)} | {scores.mean():.0f} | {interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})"
-            words += f" | {scores.min():.0f}, {scores.max():.0f} | {steps:,.0f}"
+            words += f" | {scores.min():.0f}, {scores.max():.0f} | {end:,.0f}"
         paper = published.get((env_id, algorithm, "ICLR 2022"), "")
         harl = published.get((env_id, algorithm, "HARL"), "")
         print(f"| {env_id} | {algorithm.upper()} | {words} | {paper} | {harl} |")
@@ -327,13 +333,14 @@ def models(runs: Directory, results: Directory, directory: Directory) -> None:
     print(f"{total:,} bytes in all")
 
 
-def aggregate(results: Directory, algorithms: tuple[str, ...] = ()) -> None:
+def aggregate(results: Directory, algorithms: tuple[str, ...] = (), steps: float = np.inf) -> None:
     """Print the statistics over tasks of Agarwal et al. (2021, arXiv 2108.13264), from the runs' last evaluations.
 
-    Of `algorithms`, or of all that have runs. For the interquartile mean, 0 and 1 are the lowest and the highest score
-    of a task. Their `rliable` 1.2.0 does the same, but the `arch` that it needs cannot be imported beside pandas 3.
+    Of `algorithms`, or of all that have runs; with `steps` from the last evaluations up to that step. For the
+    interquartile mean, 0 and 1 are the lowest and the highest score of a task. Their `rliable` 1.2.0 does the same, but
+    the `arch` that it needs cannot be imported beside pandas 3.
     """
-    groups = load(results)
+    groups = load(results, steps)
     scores = {key: final_returns(runs) for key, runs in groups.items() if len(final_returns(runs))}
     env_ids = list(dict.fromkeys(env_id for env_id, _ in scores))
     names = sorted(algorithms or {algorithm for _, algorithm in scores}, key=rank)
@@ -359,8 +366,8 @@ def aggregate(results: Directory, algorithms: tuple[str, ...] = ()) -> None:
         scaled = [(scores[e, name] - every[e].min()) / (np.ptp(every[e]) or 1) for e in common]
         mean = interquartile_mean(np.concatenate(scaled))
         low, high = confidence_interval(*scaled)
-        steps = np.median([run.columns["step"][-1] for e in common for run in groups[e, name]])
-        words = f"{sum(map(len, scaled))} | {steps:,.0f} | {mean:.2f} ({low:.2f} to {high:.2f})"
+        end = np.median([run.columns["step"][-1] for e in common for run in groups[e, name]])
+        words = f"{sum(map(len, scaled))} | {end:,.0f} | {mean:.2f} ({low:.2f} to {high:.2f})"
         print(f"| {name.upper()} | {words} |")
     print("\n| | tasks with both | probability of improvement (95% interval) |\n|---|---|---|")
     for x, y in PAIRS + [(name, name.split("-")[0]) for name in names if "-" in name]:

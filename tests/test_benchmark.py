@@ -259,6 +259,14 @@ def test_table(recorded: Path, capsys: pytest.CaptureFixture):
         "| Ant-4x2 | HAPPO | 3 | 82 | 82 (81 to 83) | 81, 83 | 40,000 | 1920 | 5800 to 5900 |",
         "| Ant-4x2 | MAPPO | 3 | 182 | 182 (181 to 183) | 181, 183 | 40,000 | 775 | 5800 |",
     ]
+    plot.table(recorded, steps=30_000)  # the evaluation at 20,000 steps is the last one before
+    assert [row.split(" | ")[3:7] for row in capsys.readouterr().out.splitlines()[2:]] == [
+        ["42", "42 (41 to 43)", "41, 43", "30,000"],
+        ["142", "142 (141 to 143)", "141, 143", "30,000"],
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        plot.table(recorded, steps=5_000)
+    assert "Ant-4x2__happo__1.csv begins after step 5,000\n" in capsys.readouterr().err
     path = recorded / "Ant-4x2__mappo__1.csv"
     path.rename(recorded / "Ant-4x2__mappo-shared__1.csv")
     plot.table(recorded)
@@ -405,6 +413,13 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["3"] and "| HATRPO over HAPPO" not in cells
     plot.aggregate(tmp_path, ("happo", "mappo"))
     assert capsys.readouterr().out.startswith(f"Over 3 of 5 {tasks}: Ant-4x2, Walk")
+    write_record(tmp_path / "late", "Ant-4x2__happo__1", {10_000: 1, 20_000: 9}, 20_000)
+    write_record(tmp_path / "late", "Ant-4x2__happo__2", {10_000: 2, 20_000: 9}, 20_000)
+    write_record(tmp_path / "late", "Ant-4x2__mappo__1", {10_000: 3, 20_000: 8}, 20_000)
+    write_record(tmp_path / "late", "Ant-4x2__mappo__2", {10_000: 4, 20_000: 8}, 20_000)
+    for steps, probability in ((10_000, "0.00"), (20_000, "1.00")):
+        plot.aggregate(tmp_path / "late", steps=steps)
+        assert f"| HAPPO over MAPPO | 1 | {probability} (" in capsys.readouterr().out
     for path in tmp_path.glob("*__mappo__*"):
         name = path.name.replace("mappo", "ippo").replace("Ant", "Reacher").replace("Walk", "Run")
         path.rename(path.with_name(name))
