@@ -1,10 +1,11 @@
-"""What to do with a finished model: play it without noise for a score, and film it.
+"""Play a finished model without noise for a score, and film it.
 
     python evaluate.py runs/RUN_DIR --episodes 100
     python evaluate.py model.pt --video ant
 
-It imports no training script: a model is plain tensors. With the seed and the number of episodes of a
-script's evaluation (`--seed 1 --episodes 10` by default there) the score is that of the last one.
+A model is plain tensors: no training script is imported.
+
+With the run's --seed and --eval-episodes the score is its last evaluation's.
 """
 
 import colorsys
@@ -126,7 +127,7 @@ def evaluate(
             film.capture()
         actions = (low + high) / 2 + (high - low) / 2 * policy(obs)
         obs, rewards, terminations, truncations, _ = vec.step(np.clip(actions, low, high))
-        returns += running * rewards  # an episode that follows does not count
+        returns[running] += rewards[running]  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
     if running.any():

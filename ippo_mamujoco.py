@@ -1,18 +1,18 @@
-"""IPPO on Multi-Agent MuJoCo: every agent is a PPO of its own, with a critic on what it observes.
+"""IPPO on Multi-Agent MuJoCo: each agent is a PPO with a critic of its own.
 
     python ippo_mamujoco.py --env-id HalfCheetah-6x1
     tensorboard --logdir runs
 
-de Witt et al., "Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?",
-arXiv 2011.09533. `diff mappo_mamujoco.py ippo_mamujoco.py` shows n critics instead of one.
+"Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?"
+(de Witt et al. 2020, arXiv 2011.09533).
+`diff mappo_mamujoco.py ippo_mamujoco.py` shows n critics instead of one.
 """
 
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -50,17 +50,17 @@ class Args:
     env_id: str = "HalfCheetah-6x1"
     """<Robot>-<partition>, such as Ant-4x2 or "Ant-[[0,3],[1,2]]", or <Gymnasium id>-<partition>"""
     agent_obsk: NonNegativeInt | None = None
-    """None: agents see the whole state; k: their own joints, and positions up to k joints away"""
+    """None: agents see the whole state; k: the root, their joints, positions up to k joints away"""
     seed: NonNegativeInt = 1
     """random seed of the environments, networks, actions and updates"""
     total_timesteps: PositiveInt = 1_000_000
     """environment steps of the run, summed over the environments"""
     run_dir: str = ""
-    """new directory for log, checkpoint and model; default: runs/<env id>__<script>__<seed>__<time>"""
+    """new directory for log, checkpoint and model; "": runs/<env id>__<script>__<seed>__<time>"""
     resume: str = ""
     """continue the run in this directory; flags that are not given keep that run's values"""
     allow_import: bool = False
-    """beside --resume: import the module that the run's env_id names; only for runs that you trust"""
+    """let --resume import the module that the run's env_id names, if you trust the run"""
     checkpoint_interval: PositiveInt = 20_000
     """environment steps between checkpoints"""
     eval_interval: PositiveInt = 100_000
@@ -86,7 +86,7 @@ class Args:
     critic_learning_rate: Rate = 1e-3
     """learning rate of the critic"""
     anneal_lr: bool = False
-    """linear decay of the learning rate, to 0 at total_timesteps"""
+    """learning rates decay linearly, to 0 at total_timesteps"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -102,7 +102,7 @@ class Args:
     ent_coef: Fraction = 0.0
     """coefficient of the entropy bonus"""
     max_grad_norm: PositiveFloat = 10.0
-    """the gradient of a network is clipped to this norm; inf never clips"""
+    """a gradient that Adam gets is clipped to this norm; inf never clips"""
     hidden_sizes: tuple[PositiveInt, ...] = (128, 128)
     """hidden layers of actors and critic"""
     log_std_init: FiniteFloat = -1.0
@@ -129,7 +129,9 @@ def mlp(sizes: Sequence[int], output_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """Gaussian policy of one agent; its standard deviations do not depend on the observation.
 
-    Another policy is another `forward`, such as one that returns Independent(Categorical(...), 1).
+    Another policy is another `forward`: it returns a distribution with one log-probability per row,
+    such as Independent(Categorical(...), 1). For actions that do not go from -1 to 1 it also needs
+    another `NormalizedEnv.scale`.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args) -> None:
@@ -158,9 +160,10 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) on the shared reward.
 
-    All tensors are [T, num_envs]. `values` are V(s_t), `next_values` are V of the state that step t
-    led to: the last one of the episode, if it ended. A termination makes that value 0, a truncation
-    (time limit) does not. Returns the advantages A_t, and A_t + V(s_t), the critic's targets.
+    All tensors are float, [T, num_envs]. `values` are V(s_t), `next_values` are V of the state that
+    step t led to: the last one of the episode, if it ended. A termination (0 or 1) makes that value 0,
+    a truncation (time limit) does not. Returns the advantages A_t, and A_t + V(s_t), the critic's
+    targets.
     """
     deltas = rewards + gamma * (1 - terminations) * next_values - values
     not_done = (1 - terminations) * (1 - truncations)  # nothing crosses the end of an episode
@@ -186,8 +189,9 @@ def ppo_loss(
     """Clipped surrogate loss of one agent (Schulman et al. 2017, eq. 7), with M for the advantage.
 
     `logprobs` [B] are the log-probabilities of `actions` [B, act_dim_i] given `obs` [B, obs_dim_i]
-    when they were drawn, M [B] is what the ratio is weighted with. Returns the loss to minimise, the
-    log-ratio of new to old probability [B], and what is logged.
+    when they were drawn, M [B] is what the ratio is weighted with. `actor(obs)` is a distribution
+    whose `log_prob` is [B]. Returns the loss to minimise, the log-ratio of new to old probability
+    [B], and what is logged.
     """
     dist = actor(obs)
     logratio = dist.log_prob(actions) - logprobs
@@ -219,7 +223,7 @@ def ippo_update(
     the whole batch: each agent's statistics. `optimizer` has the parameters of all actors.
     """
     num_agents = len(actors)
-    with torch.no_grad():  # before the first update: with shared parameters it changes every agent
+    with torch.no_grad():  # all agents': an update of shared parameters would change the others'
         logprobs = [actors[i](obs[i]).log_prob(actions[i]) for i in range(num_agents)]
     log = {}
     M = advantages
@@ -289,6 +293,7 @@ class Policy(nn.Module):
 
     def observe(self, obs: Tensor) -> list[Tensor]:
         """Flat observations [B, obs_dim] to what each agent sees, [B, obs_dim_i]."""
+        # A 0 and a 1 behind the observation are for `share_param`, see `__init__`.
         obs = pad(obs, (0, 1))
         obs = pad(obs, (0, 1), value=1.0)
         return [obs[:, ids] for ids in self.obs_ids]
@@ -315,8 +320,11 @@ class NormalizedEnv:
         """Start all episodes. Raises ValueError if `vec` is not as docs/your_environment.md says."""
         if vec.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError("the vector environment's autoreset_mode must be SAME_STEP")
-        if not vec.single_action_space.is_bounded() or len(vec.single_observation_space.shape) != 1:
-            raise ValueError("the vector environment needs flat observations and bounded actions")
+        for space in (vec.single_observation_space, vec.single_action_space):
+            if len(space.shape or ()) != 1:
+                raise ValueError(f"the vector environment's spaces must be flat, not {space}")
+        if not vec.single_action_space.is_bounded():
+            raise ValueError("the vector environment's actions must have finite ranges")
         self.vec = vec
         self.gamma = gamma
         self.obs_rms = RunningMeanStd(shape=vec.single_observation_space.shape)
@@ -339,7 +347,7 @@ class NormalizedEnv:
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
-        return np.clip(actions, low, high)  # Gaussian samples can be outside, and rounded values
+        return np.clip(actions, low, high)  # samples can lie outside, and so can rounded values
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
@@ -355,7 +363,7 @@ class NormalizedEnv:
         self.lengths += 1
         self.obs = self.normalize(obs)
         next_obs = self.obs.clone()
-        done = terminations | truncations
+        done = np.logical_or(terminations, truncations)
         if done.any():
             next_obs[done] = self.normalize(np.stack(infos["final_obs"][done]))
             self.finished += zip(self.returns[done], self.lengths[done])
@@ -392,7 +400,7 @@ class NormalizedEnv:
 
 
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
-    """Play one episode without noise in each environment of `vec`, with frozen statistics."""
+    """Play one episode without noise in each environment of `vec`, with the statistics of `env`."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
     returns = np.zeros(vec.num_envs)
     lengths = np.zeros(vec.num_envs)
@@ -400,7 +408,7 @@ def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> d
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
-        returns += running * rewards  # an episode that follows does not count
+        returns[running] += rewards[running]  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
     if running.any():
@@ -433,7 +441,7 @@ def parse_args() -> tuple[Args, dict | None]:
             path = Path(args.resume, "checkpoint.pt")
             if ZipFile(path).testzip():
                 fail(f"--resume {args.resume}: checkpoint.pt is damaged, a checksum is wrong")
-            # Without mmap a flag that no checksum covers can change what PyTorch reads.
+            # Without mmap a changed flag in a zip header, which no checksum covers, changes the data.
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
@@ -444,7 +452,7 @@ def parse_args() -> tuple[Args, dict | None]:
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
             fail(f"--resume {args.resume}: {default.env_id} imports a module, see --allow-import")
-        args = tyro.cli(Args, description=__doc__, default=default)
+        args = tyro.cli(Args, description=__doc__, default=default)  # again, with the run's values
         for name in KEPT:
             if getattr(args, name) != getattr(default, name):
                 fail(f"--resume {args.resume}: {name} must stay {getattr(default, name)}")
@@ -460,35 +468,20 @@ def save(state: dict, path: Path) -> None:
     temporary.replace(path)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Let PyTorch compute on one thread and deterministically; restore its settings afterwards.
-
-    PyTorch's threads spin while they wait for each other, which is slow on a busy machine, and the
-    last bits of a result depend on their number.
-    """
-    num_threads = torch.get_num_threads()
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-        torch.use_deterministic_algorithms(was_deterministic)
-
-
-@deterministic()
 def main(args: Args, checkpoint: dict | None = None) -> None:
     """Train, from the checkpoint on if there is one."""
     # Setup
+    # PyTorch's threads spin while they wait for each other, which is slow on a busy machine, and the
+    # last bits of a result depend on their number: so PyTorch has one.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it
     batch_size = args.num_envs * args.num_steps
     start_step = checkpoint["step"] if checkpoint else 0
     if args.total_timesteps < start_step + batch_size:
         fail(f"--total-timesteps {args.total_timesteps} must be at least {start_step + batch_size}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    # `vec` seeds its environments with train_seed, train_seed + 1, ...: runs must not overlap.
+    # `vec` seeds environment i with train_seed + i: with --seed itself two runs would share some.
     torch_seed, train_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     torch.manual_seed(torch_seed)
     try:
@@ -499,8 +492,10 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         env = NormalizedEnv(vec, train_seed, args.gamma)
         (obs_dim,) = vec.single_observation_space.shape
         (act_dim,) = vec.single_action_space.shape
+        if sorted(np.concatenate(vec.partition.act_ids)) != list(range(act_dim)):
+            raise ValueError("the partition must give each entry of the action to one agent")
         policy = Policy(vec.partition, obs_dim, args).to(device)
-    except (AttributeError, ValueError) as e:  # such as an environment without a partition
+    except ValueError as e:  # such as a partition that the robot does not have
         fail(e)
     critic = nn.ModuleList(mlp((len(ids), *args.hidden_sizes, 1), 1.0) for ids in policy.obs_ids)
     critic.to(device)
@@ -529,9 +524,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
             for name, part in saved.items():
                 part.load_state_dict(checkpoint[name])
         except Exception as e:
-            fail(
-                f"--resume {args.resume}: {args.env_id} or the script has changed ({type(e).__name__})"
-            )
+            fail(f"--resume {args.resume}: {args.env_id} or the script has changed: {e}")
         torch.set_rng_state(checkpoint["rng"])
 
     # Log
@@ -555,10 +548,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
     # The steps after the checkpoint are logged again: purge_step hides what was logged before.
     writer = SummaryWriter(run_dir, purge_step=start_step + 1)
-    print(f"{run_dir}: from step {start_step} to {args.total_timesteps}, {device.type}", flush=True)
-    start_time = time.time()
-
     steps = range(start_step + batch_size, args.total_timesteps + 1, batch_size)
+    print(f"{run_dir}: from step {start_step} to {steps[-1]}, {device.type}", flush=True)
+    start_time = time.time()
     for global_step in tqdm(steps, disable=None):
         last = global_step == steps[-1]
 
@@ -598,7 +590,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         # Critic update
         critic_optimizer.param_groups[0]["lr"] = lr_scale * args.critic_learning_rate
         log["losses/value_loss"] = 0
-        for i in range(len(critic)):  # Adam steps this critic only: the others have no gradient
+        for i in range(len(critic)):  # zero_grad leaves the other critics without a gradient
             loss = critic_update(
                 critic[i], critic_optimizer, agents_obs[i], returns[i].flatten(), args
             )

@@ -1,10 +1,12 @@
-"""MADDPG on Multi-Agent MuJoCo: deterministic actors, trained off-policy by one critic of all actions.
+"""MADDPG on Multi-Agent MuJoCo: deterministic actors and one off-policy critic.
 
-    python maddpg_mamujoco.py --env-id HalfCheetah-2x3
+    python maddpg_mamujoco.py --env-id HalfCheetah-6x1
     tensorboard --logdir runs
 
-Lowe et al., "Multi-Agent Actor-Critic for Mixed Cooperative-Competitive Environments",
-arXiv 1706.02275, algorithm 1, for one shared reward: one critic instead of one per agent.
+"Multi-Agent Actor-Critic for Mixed Cooperative-Competitive Environments"
+(Lowe et al. 2017, arXiv 1706.02275), algorithm 1.
+
+The agents share the reward, so there is one critic, not one for each agent.
 """
 
 import copy
@@ -12,8 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -50,17 +51,17 @@ class Args:
     env_id: str = "HalfCheetah-6x1"
     """<Robot>-<partition>, such as Ant-4x2 or "Ant-[[0,3],[1,2]]", or <Gymnasium id>-<partition>"""
     agent_obsk: NonNegativeInt | None = None
-    """None: agents see the whole state; k: their own joints, and positions up to k joints away"""
+    """None: agents see the whole state; k: the root, their joints, positions up to k joints away"""
     seed: NonNegativeInt = 1
     """random seed of the environments, networks, actions and updates"""
     total_timesteps: PositiveInt = 1_000_000
     """environment steps of the run, summed over the environments"""
     run_dir: str = ""
-    """new directory for log, checkpoint and model; default: runs/<env id>__<script>__<seed>__<time>"""
+    """new directory for log, checkpoint and model; "": runs/<env id>__<script>__<seed>__<time>"""
     resume: str = ""
     """continue the run in this directory; flags that are not given keep that run's values"""
     allow_import: bool = False
-    """beside --resume: import the module that the run's env_id names; only for runs that you trust"""
+    """let --resume import the module that the run's env_id names, if you trust the run"""
     checkpoint_interval: PositiveInt = 200_000
     """environment steps between checkpoints, which hold the replay buffer"""
     eval_interval: PositiveInt = 100_000
@@ -90,7 +91,7 @@ class Args:
     batch_size: PositiveInt = 256
     """transitions per update"""
     n_step: PositiveInt = 5
-    """rewards in a target before it bootstraps, fewer at an episode's end; 1 is the paper's"""
+    """rewards in a target before it bootstraps (fewer at an episode's end); the paper has 1"""
     learning_rate: Rate = 5e-4
     """learning rate of the actors"""
     critic_learning_rate: Rate = 1e-3
@@ -98,7 +99,7 @@ class Args:
     gamma: Fraction = 0.99
     """discount factor"""
     tau: Fraction = 0.005
-    """share of the networks in their targets after an update (Polyak averaging)"""
+    """how far the target networks move to the networks after an update (Polyak averaging)"""
     exploration_noise: Fraction = 0.1
     """standard deviation of the noise on the actions, which go from -1 to 1"""
     hidden_sizes: tuple[PositiveInt, ...] = (128, 128)
@@ -155,8 +156,8 @@ def n_step_returns(
     """Sum up discounted rewards over windows of n steps, until the episode ends or the data do.
 
     `rewards` [B, n] are of the steps of a window, `ends` [B, n] says whether a step ended the episode,
-    `stored` [B, n] whether it exists: the first always does, and none does after one that does not.
-    Returns the sums [B], and how many steps each has, int [B].
+    `stored` [B, n] which steps are in the buffer: the first always is, and no step after one that is
+    not. Returns the sums [B], and how many steps each has, int [B].
     """
     num_ends_before = ends.cumsum(1) - ends.long()
     used = stored & (num_ends_before == 0)
@@ -196,9 +197,10 @@ class ReplayBuffer:
     def sample(self, batch_size: int, n_step: int, gamma: float) -> tuple[Tensor, ...]:
         """Draw transitions of up to `n_step` steps, uniformly over all that is stored.
 
-        Returns obs and actions [B, ...] where they start; the discounted sums of their rewards [B];
-        next_obs [B, obs_dim] where they lead, the last one of the episode if it ended; and discounts
-        [B] of its value: gamma^steps, and 0 after a termination.
+        Returns the observations and actions [B, ...] where the windows start; the discounted sums of
+        the windows' rewards [B]; the observations [B, obs_dim] that the windows lead to, the last one
+        of an episode that ended; and the discounts [B] of their values: gamma^steps, or 0 after a
+        termination.
         """
         age = torch.randint(self.size, (batch_size, 1)).to(self.device)  # 0 is the oldest step
         column = torch.randint(self.num_envs, (batch_size, 1)).to(self.device)  # which environment
@@ -210,7 +212,7 @@ class ReplayBuffer:
         # Not in the paper (--n-step 1): targets of more than one reward.
         returns, steps = n_step_returns(self.data["rewards"][rows, column], ends, stored, gamma)
         first = rows[:, 0]
-        last = rows.gather(1, steps[:, None] - 1).squeeze(1)
+        last = rows.gather(1, steps[:, None] - 1).squeeze(1)  # row of the window's last step
         column = column.squeeze(1)  # [B]
         discounts = gamma**steps * (1 - self.data["terminations"][last, column])
         obs = self.data["obs"][first, column]
@@ -254,8 +256,9 @@ def actor_update(
     """Take one step of every actor up Q(s, a^1.., mu^i(o^i), ..a^n) (Lowe et al., eq. 5).
 
     Agent i sees `agents_obs[i]` [B, obs_dim_i] of `obs` [B, obs_dim] and acts on the entries
-    `act_ids[i]` of `actions` [B, act_dim]; the others' actions stay those of the replay buffer. So
-    each term has one actor, and the gradient of their sum is each actor's own. Returns what is logged.
+    `act_ids[i]` of `actions` [B, act_dim]; the others' actions stay those of the replay buffer. Each
+    loss depends on one actor, so the gradient of their sum is each actor's own. Returns what is
+    logged.
     """
     joint_actions = []
     for actor, own_obs, ids in zip(actors, agents_obs, act_ids):
@@ -305,7 +308,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, *, noise: bool) -> Tensor:
-        """The same on the CPU, with exploration noise or without."""
+        """Flat observations to flat actions on the CPU, with exploration noise or without."""
         actions = self(obs.to(self.device)).cpu()
         if noise:
             actions += self.exploration_noise * torch.randn(actions.shape)
@@ -322,8 +325,11 @@ class NormalizedEnv:
         """Start all episodes. Raises ValueError if `vec` is not as docs/your_environment.md says."""
         if vec.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError("the vector environment's autoreset_mode must be SAME_STEP")
-        if not vec.single_action_space.is_bounded() or len(vec.single_observation_space.shape) != 1:
-            raise ValueError("the vector environment needs flat observations and bounded actions")
+        for space in (vec.single_observation_space, vec.single_action_space):
+            if len(space.shape or ()) != 1:
+                raise ValueError(f"the vector environment's spaces must be flat, not {space}")
+        if not vec.single_action_space.is_bounded():
+            raise ValueError("the vector environment's actions must have finite ranges")
         self.vec = vec
         self.obs_rms = RunningMeanStd(shape=vec.single_observation_space.shape)
         self.returns = np.zeros(vec.num_envs)  # of the running episodes
@@ -345,7 +351,7 @@ class NormalizedEnv:
         low = self.vec.single_action_space.low
         high = self.vec.single_action_space.high
         actions = (low + high) / 2 + (high - low) / 2 * actions.numpy()
-        return np.clip(actions, low, high)  # Gaussian samples can be outside, and rounded values
+        return np.clip(actions, low, high)  # samples can lie outside, and so can rounded values
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         """Apply actions [num_envs, act_dim]; return next_obs, rewards, terminations, truncations.
@@ -359,7 +365,7 @@ class NormalizedEnv:
         self.lengths += 1
         self.obs = torch.tensor(obs, dtype=torch.float32)
         next_obs = self.obs.clone()
-        done = terminations | truncations
+        done = np.logical_or(terminations, truncations)
         if done.any():
             final_obs = np.stack(infos["final_obs"][done])
             next_obs[done] = torch.tensor(final_obs, dtype=torch.float32)
@@ -394,7 +400,7 @@ class NormalizedEnv:
 
 
 def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> dict[str, float]:
-    """Play one episode without noise in each environment of `vec`, with frozen statistics."""
+    """Play one episode without noise in each environment of `vec`, with the statistics of `env`."""
     obs, _ = vec.reset(seed=seed)  # the same start states every time
     returns = np.zeros(vec.num_envs)
     lengths = np.zeros(vec.num_envs)
@@ -402,7 +408,7 @@ def evaluate(vec: VectorEnv, env: NormalizedEnv, policy: Policy, seed: int) -> d
     while running.any() and lengths.max() < MAX_EPISODE_STEPS:
         actions = policy.act(env.normalize(obs), noise=False)
         obs, rewards, terminations, truncations, _ = vec.step(env.scale(actions))
-        returns += running * rewards  # an episode that follows does not count
+        returns[running] += rewards[running]  # an episode that follows does not count
         lengths += running
         running &= ~(terminations | truncations)
     if running.any():
@@ -435,7 +441,7 @@ def parse_args() -> tuple[Args, dict | None]:
             path = Path(args.resume, "checkpoint.pt")
             if ZipFile(path).testzip():
                 fail(f"--resume {args.resume}: checkpoint.pt is damaged, a checksum is wrong")
-            # Without mmap a flag that no checksum covers can change what PyTorch reads.
+            # Without mmap a changed flag in a zip header, which no checksum covers, changes the data.
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if checkpoint["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: {checkpoint['script']}.py made it, use that")
@@ -446,7 +452,7 @@ def parse_args() -> tuple[Args, dict | None]:
             fail(f"--resume {args.resume}: no checkpoint can be read there ({type(e).__name__})")
         if ":" in default.env_id and not args.allow_import:
             fail(f"--resume {args.resume}: {default.env_id} imports a module, see --allow-import")
-        args = tyro.cli(Args, description=__doc__, default=default)
+        args = tyro.cli(Args, description=__doc__, default=default)  # again, with the run's values
         for name in KEPT:
             if getattr(args, name) != getattr(default, name):
                 fail(f"--resume {args.resume}: {name} must stay {getattr(default, name)}")
@@ -462,29 +468,14 @@ def save(state: dict, path: Path) -> None:
     temporary.replace(path)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Let PyTorch compute on one thread and deterministically; restore its settings afterwards.
-
-    PyTorch's threads spin while they wait for each other, which is slow on a busy machine, and the
-    last bits of a result depend on their number.
-    """
-    num_threads = torch.get_num_threads()
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-        torch.use_deterministic_algorithms(was_deterministic)
-
-
-@deterministic()
 def main(args: Args, checkpoint: dict | None = None) -> None:
     """Train, from the checkpoint on if there is one."""
     # Setup
+    # PyTorch's threads spin while they wait for each other, which is slow on a busy machine, and the
+    # last bits of a result depend on their number: so PyTorch has one.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it
     iteration_steps = args.num_envs * args.num_steps
     start_step = checkpoint["step"] if checkpoint else 0
     if args.total_timesteps < start_step + iteration_steps:
@@ -494,7 +485,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     if args.buffer_size < args.num_envs * args.n_step:
         fail(f"--buffer-size {args.buffer_size} must be at least {args.num_envs * args.n_step}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    # `vec` seeds its environments with train_seed, train_seed + 1, ...: runs must not overlap.
+    # `vec` seeds environment i with train_seed + i: with --seed itself two runs would share some.
     torch_seed, train_seed, eval_seed = np.random.SeedSequence(args.seed).generate_state(3).tolist()
     torch.manual_seed(torch_seed)
     try:
@@ -505,8 +496,10 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         env = NormalizedEnv(vec, train_seed)
         (obs_dim,) = vec.single_observation_space.shape
         (act_dim,) = vec.single_action_space.shape
+        if sorted(np.concatenate(vec.partition.act_ids)) != list(range(act_dim)):
+            raise ValueError("the partition must give each entry of the action to one agent")
         policy = Policy(vec.partition, args, device)
-    except (AttributeError, ValueError) as e:  # such as an environment without a partition
+    except ValueError as e:  # such as a partition that the robot does not have
         fail(e)
     critic = Critic(obs_dim, act_dim, args).to(device)
     target_policy = copy.deepcopy(policy)
@@ -535,11 +528,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
     if checkpoint:
         try:
             for name, part in saved.items():
-                part.load_state_dict(checkpoint.pop(name))  # frees it: the buffer is large
+                part.load_state_dict(checkpoint[name])
         except Exception as e:
-            fail(
-                f"--resume {args.resume}: {args.env_id} or the script has changed ({type(e).__name__})"
-            )
+            fail(f"--resume {args.resume}: {args.env_id} or the script has changed: {e}")
         torch.set_rng_state(checkpoint["rng"])
     actor_optimizer.param_groups[0]["lr"] = args.learning_rate
     critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate
@@ -565,10 +556,9 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
         fail(f"--run-dir {run_dir} is taken or cannot be made: {e}")
     # The steps after the checkpoint are logged again: purge_step hides what was logged before.
     writer = SummaryWriter(run_dir, purge_step=start_step + 1)
-    print(f"{run_dir}: from step {start_step} to {args.total_timesteps}, {device.type}", flush=True)
-    start_time = time.time()
-
     steps = range(start_step + iteration_steps, args.total_timesteps + 1, iteration_steps)
+    print(f"{run_dir}: from step {start_step} to {steps[-1]}, {device.type}", flush=True)
+    start_time = time.time()
     for global_step in tqdm(steps, disable=None):
         last = global_step == steps[-1]
 
@@ -590,7 +580,7 @@ def main(args: Args, checkpoint: dict | None = None) -> None:
                 truncations=truncations,
             )
 
-            # Updates: as many as are due
+            # Updates: their number after s steps of learning is int(s * updates_per_step)
             steps_before = max(0, step - args.learning_starts)
             steps_after = max(0, step + args.num_envs - args.learning_starts)
             updates_before = int(steps_before * args.updates_per_step)

@@ -251,3 +251,20 @@ def test_links_lead_somewhere(page: Path):
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_the_page_has_the_defaults():
+    """docs/README.md has the default of every flag of every algorithm; "-" where a script lacks the flag."""
+    page = (ROOT / "docs" / "README.md").read_text()
+    names = ["hatrpo", "happo", "mappo", "ippo", "maddpg"]
+    defaults = [vars(importlib.import_module(f"{name}_mamujoco").Args()) for name in names]
+    flags = [flag for of_script in defaults for flag in of_script]
+    algorithm = flags[flags.index("num_envs") :]  # the fields after "# Algorithm"
+    first = list(defaults[0])[: list(defaults[0]).index("num_envs")]
+    for flag in {*algorithm} - {*first}:
+        values = [of_script.get(flag, "-") for of_script in defaults]
+        words = [" ".join(map(str, v)) if isinstance(v, tuple) else f"{v}" for v in values]
+        if set(words) <= {"False", "-"}:
+            continue  # a switch, and it is off
+        row = f"| `--{flag.replace('_', '-')}` | {' | '.join(words)} |"
+        assert row in page, row

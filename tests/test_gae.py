@@ -226,6 +226,24 @@ def test_episodes_are_added_up(any_script):
     np.testing.assert_allclose(env.finished, expected_episodes(vec, 0, 30), rtol=1e-12)
 
 
+def test_ends_may_be_numbers(any_script):
+    """Terminations and truncations that are 0 and 1, not bool, end the same episodes."""
+    vec = TapeVec(num_steps=30)
+    tape_step = vec.step
+
+    def step(actions):
+        obs, rewards, terminations, truncations, infos = tape_step(actions)
+        return obs, rewards, terminations.astype(int), truncations.astype(int), infos
+
+    vec.step = step
+    env = make_env(any_script, vec)
+    expected = make_env(any_script, TapeVec(num_steps=30))
+    for _ in range(30):
+        results = zip(env.step(NO_ACTIONS), expected.step(NO_ACTIONS), strict=True)
+        assert all(torch.equal(a, b.to(a)) for a, b in results)
+    assert len(env.finished) > 10 and env.finished == expected.finished
+
+
 def test_statistics_go_through_a_checkpoint(script):
     """What has loaded another's state goes on like that, to the last bit, and gives the environments theirs."""
     vec = TapeVec(num_steps=40)
@@ -316,6 +334,9 @@ def test_evaluation_plays_first_episodes_and_changes_no_statistics(script):
         env.step(NO_ACTIONS)
     mean, var = mean_and_var(list(vec.obs))
     before = env.state_dict()
+    last = [int(np.flatnonzero(eval_vec.ends[:, e])[0]) for e in range(3)]
+    for e in range(3):
+        eval_vec.rewards[last[e] + 1 :, e] = np.nan  # of the episodes that follow
     seen = []
 
     def act(obs, *, noise):
@@ -325,7 +346,6 @@ def test_evaluation_plays_first_episodes_and_changes_no_statistics(script):
 
     result = script.evaluate(eval_vec, env, SimpleNamespace(act=act), 7)
     assert eval_vec.seeds == [7]
-    last = [int(np.flatnonzero(eval_vec.ends[:, e])[0]) for e in range(3)]
     assert len(set(last)) > 1 and len(seen) == max(last) + 1
     normalized = np.clip((eval_vec.obs[: len(seen)] - mean) / np.sqrt(var + 1e-8), -10, 10)
     np.testing.assert_allclose(torch.stack(seen), normalized, atol=1e-5)

@@ -426,10 +426,8 @@ def test_a_checkpoint_without_a_network_is_refused(
         command_line(ROOT / f"{name}.py", "--resume", run_dir, "--total-timesteps", 4 * ITERATION)
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert (
-        error
-        == f"error: --resume {run_dir}: Reacher-2x1 or the script has changed (RuntimeError)\n"
-    )
+    assert error.startswith(f"error: --resume {run_dir}: Reacher-2x1 or the script has changed: ")
+    assert "actors.1.log_std" in error or "actors.1.net.0.weight" in error  # what is missing
     assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
 
 

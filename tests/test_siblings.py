@@ -23,7 +23,7 @@ each_script = pytest.mark.parametrize("name", SIBLINGS)
 # the second; "" matches the very next line.
 ALGORITHM = (
     (r'^"""', r"^import os"),  # docstring; an algorithm may import what only it needs
-    (r"^from collections.abc", r"^from contextlib"),
+    (r"^from collections.abc", r"^from dataclasses"),
     (r"^from torch.distributions", r"^from torch.nn.functional"),
     (r"^from torch.nn.utils", r""),
     (r"^    # Algorithm$", r"^# Networks$"),
@@ -112,7 +112,7 @@ def test_functions_of_one_name_are_one_text(first: str, second: str):
     a, b = functions(read(first)), functions(read(second))
     common = (a.keys() & b.keys()) - {"Args", "main"}
     assert {"mlp", "Actor", "compute_gae", "approx_kl", "critic_update", "Policy"} <= common
-    assert {"NormalizedEnv", "evaluate", "fail", "parse_args", "save", "deterministic"} <= common
+    assert {"NormalizedEnv", "evaluate", "fail", "parse_args", "save"} <= common
     if second != "hatrpo":
         assert "ppo_loss" in common
     for name in common:
@@ -123,7 +123,7 @@ def test_functions_of_one_name_are_one_text(first: str, second: str):
 def test_maddpg_has_the_others_plumbing():
     """What MADDPG has in common with the on-policy scripts is the same text there."""
     a, b = functions(read("mappo")), functions(read("maddpg"))
-    names = ["mlp", "evaluate", "fail", "parse_args", "save", "deterministic"]
+    names = ["mlp", "evaluate", "fail", "parse_args", "save"]
     for name in [*names, "NormalizedEnv.scale"]:
         what = f"{name} differs between mappo and maddpg"
         assert_same(a[name].splitlines(), b[name].splitlines(), what)

@@ -275,10 +275,17 @@ def pendulums(
     return vec
 
 
-def without_partition(num_envs: int) -> SyncVectorEnv:
-    """The partition forgotten."""
+def with_an_actuator_twice(num_envs: int) -> SyncVectorEnv:
+    """Two agents that drive the one actuator."""
     vec = pendulums(num_envs)
-    del vec.partition
+    vec.partition = Partition((np.arange(3), np.arange(3)), (np.arange(1), np.arange(1)))
+    return vec
+
+
+def with_an_actuator_too_few(num_envs: int) -> SyncVectorEnv:
+    """One agent for two actuators, of which it drives one."""
+    space = Box(-2, 2, (2,))
+    vec = pendulums(num_envs, wrap=lambda env: TransformAction(env, lambda a: a[:1], space))
     return vec
 
 
@@ -313,11 +320,15 @@ def with_choices(num_envs: int) -> SyncVectorEnv:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (without_partition, "'SyncVectorEnv' object has no attribute 'partition'"),
+        (with_an_actuator_twice, "the partition must give each entry of the action to one agent"),
+        (with_an_actuator_too_few, "the partition must give each entry of the action to one agent"),
         (with_next_step, "the vector environment's autoreset_mode must be SAME_STEP"),
-        (with_endless_range, "the vector environment needs flat observations and bounded actions"),
-        (with_pictures, "the vector environment needs flat observations and bounded actions"),
-        (with_choices, "'Discrete' object has no attribute 'is_bounded'"),
+        (with_endless_range, "the vector environment's actions must have finite ranges"),
+        (
+            with_pictures,
+            "the vector environment's spaces must be flat, not Box(-inf, inf, (3, 1), float32)",
+        ),
+        (with_choices, "the vector environment's spaces must be flat, not Discrete(3)"),
     ],
 )
 def test_what_a_vector_environment_lacks_is_named(
