@@ -145,9 +145,8 @@ def mlp(sizes: Sequence[int], output_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """Gaussian policy of one agent; its standard deviations do not depend on the observation.
 
-    Another policy is another `forward`: it returns a distribution with one log-probability per row,
-    such as Independent(Categorical(...), 1). For actions that do not go from -1 to 1 it also needs
-    another `NormalizedEnv.scale`.
+    Another policy is another `forward`: a distribution with one log-probability per row, such as
+    Independent(Categorical(...), 1). Actions that are not from -1 to 1 need another `scale`, below.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args) -> None:
