@@ -167,9 +167,9 @@ def find_gl_backend() -> str:
     for name in names:
         # In a process of its own: a failed attempt leaves OpenGL half loaded.
         program = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
-        if not subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, check=False
-        ).returncode:
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, capture_output=True, check=False)
+        if result.returncode == 0:
             return name
     raise RuntimeError(f"{' and '.join(names)} cannot draw here: apt install libegl1 or libosmesa6")
 

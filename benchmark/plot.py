@@ -279,17 +279,15 @@ def table(results: Directory, steps: float = np.inf) -> None:
     with open(Path(__file__).with_name("published.csv"), newline="") as f:
         for row in csv.DictReader(f):
             published[row["task"], row["algorithm"], row["source"]] = row["return"]
-    header = "| task | algorithm | seeds | mean | IQM (95% interval) | lowest, highest | steps "
+    header = "| task | algorithm | seeds | mean (lowest to highest) | steps "
     print(header + "| ICLR 2022, 10M steps, v2 | HARL, 10M steps, v2 |")
-    print("|---" * 9 + "|")
+    print("|---" * 7 + "|")
     for (env_id, algorithm), runs in groups.items():
         scores = final_returns(runs)
-        words = "0 | not evaluated yet" + " |" * 3
+        words = "0 | not evaluated yet | "
         if len(scores):
-            low, high = confidence_interval(scores)
             end = np.median([run.columns["step"][-1] for run in runs])
-            words = f"{len(scores)} | {scores.mean():.0f} | {interquartile_mean(scores):.0f} ({low:.0f} to {high:.0f})"
-            words += f" | {scores.min():.0f}, {scores.max():.0f} | {end:,.0f}"
+            words = f"{len(scores)} | {scores.mean():.0f} ({scores.min():.0f} to {scores.max():.0f}) | {end:,.0f}"
         paper = published.get((env_id, algorithm, "ICLR 2022"), "")
         harl = published.get((env_id, algorithm, "HARL"), "")
         print(f"| {env_id} | {algorithm.upper()} | {words} | {paper} | {harl} |")

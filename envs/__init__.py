@@ -105,12 +105,14 @@ def make_vec(
         num_envs: number of environments.
         agent_obsk: what an agent sees: None for the whole state, k >= 0 for its own joints, the root and the positions
             of joints up to k edges away.
-        num_threads: threads that step the physics, 0 for one per CPU. Results do not depend on it.
+        num_threads: threads that step the physics of a robot in `ROBOTS`, 0 for one per CPU (a Gymnasium id has one).
+            Results do not depend on it.
         partition: the partition, when `env_id` is the robot alone.
 
     Returns:
         A vector environment over flat observations [num_envs, obs_dim] and actions [num_envs, act_dim], with SAME_STEP
-        autoreset. Its `.partition` has the index arrays; `get_state` and `set_state` save and restore it exactly.
+        autoreset. Its `.partition` has the index arrays; `get_state` and `set_state` save and restore it exactly
+        (`gymnasium_vec.py` says what of Gymnasium ids is not saved).
 
     Raises:
         ValueError: when something in the arguments is unknown or does not fit; the message is one line.
@@ -174,7 +176,8 @@ def _make_gymnasium_vec(
             warnings.simplefilter("ignore", UserWarning)
             env = gym.make(gym_id)
     except Exception as e:  # Gymnasium's, or whatever the environment's own code raises
-        if not isinstance(e, gym.error.UnregisteredEnv) and type(e) is not gym.error.Error:
+        is_unknown = isinstance(e, gym.error.UnregisteredEnv) or type(e) is gym.error.Error
+        if not is_unknown:
             reason = " ".join(str(e).split())
             raise ValueError(f"{gym_id} cannot be made: {type(e).__name__}: {reason}") from e
         env_id = f"{gym_id}-{partition}" if gym_id else str(partition)

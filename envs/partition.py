@@ -4,6 +4,7 @@ A partition is index arrays and nothing else: agent i sees `obs[:, partition.obs
 `actions[:, partition.act_ids[i]]`. Both are derived from the compiled `mjModel`.
 """
 
+import copy
 import json
 import operator
 import re
@@ -84,7 +85,7 @@ def parse_partition(
             )
         return act_ids
     if partition in named:
-        return named[partition]
+        return copy.deepcopy(named[partition])  # the table stays as it is
     size = ACTUATORS_PER_SEGMENT.get(robot, 1)
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", partition)
     if match is None or int(match[1]) * int(match[2]) * size != num_actuators:

@@ -303,6 +303,9 @@ FAULTS: dict[str, list[tuple[str, tuple[str, ...], str, str]]] = {
         ("the critic's optimiser not saved", ON_POLICY, '        "critic_optimizer": critic_optimizer,\n', ""),
         ("the critic not saved", ON_POLICY, '        "critic": critic,\n', ""),
     ],
+    "partition: handed_out": [
+        ("named partitions handed out themselves", PARTITION, "return copy.deepcopy(named[partition])", "return named[partition]"),
+    ],
     "your_environment: lacks_is_named": [
         ("a partition that leaves actuators out, or gives one twice", ALL, "if sorted(np.concatenate(vec.partition.act_ids)) != list(range(act_dim)):", "if False:"),
         ("spaces that are not flat", ALL, "if len(space.shape or ()) != 1:", "if False:"),
