@@ -873,5 +873,5 @@ def test_an_environment_without_a_time_limit_is_refused():
 
 def test_named_partitions_are_handed_out_as_copies():
     """Who changes the lists that came back does not change the partition of that name."""
-    parse_partition("Ant", "2x4d", 8)[0][0] = 99
-    assert parse_partition("Ant", "2x4d", 8) == [[2, 3, 0, 1], [4, 5, 6, 7]]
+    envs.parse_partition("Ant", "2x4d", 8)[0][0] = 99
+    assert envs.parse_partition("Ant", "2x4d", 8) == [[2, 3, 0, 1], [4, 5, 6, 7]]
