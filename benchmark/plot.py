@@ -5,6 +5,7 @@
     python benchmark/plot.py table benchmark/results/figure3                        # prints Markdown
     python benchmark/plot.py aggregate benchmark/results/figure3                    # the same, over tasks
     python benchmark/plot.py compare benchmark/results/figure3 MY_RESULTS           # do mine differ from the reference?
+    python benchmark/plot.py noise benchmark/results/figure3                        # how many seeds a comparison needs
     python benchmark/plot.py seconds benchmark/results/figure3 --env-id HalfCheetah-6x1 --target 3000
     python benchmark/plot.py models runs/figure3 benchmark/results/figure3 models   # copies the best ones
 
@@ -375,6 +376,49 @@ def aggregate(results: Directory, algorithms: tuple[str, ...] = (), steps: float
             print(f"| {x.upper()} over {y.upper()} | {words} |")
 
 
+def seeds_needed(effect: float, power: float = 0.8) -> int:
+    """The smallest n for which a two-sided t-test at 5% of n against n scores finds an effect with this power.
+
+    `effect` is the difference of the means in standard deviations (Cohen 1988, ch. 2: 0.8 needs 26, 0.5 needs 64).
+    """
+    n = 1
+    found = 0.0
+    while found < power:
+        n += 1
+        limit = stats.t.ppf(0.975, 2 * n - 2)
+        shift = effect * np.sqrt(n / 2)
+        found = stats.nct.sf(limit, 2 * n - 2, shift) + stats.nct.cdf(-limit, 2 * n - 2, shift)
+    return n
+
+
+def noise(
+    results: Directory, algorithms: tuple[str, ...] = (), difference_of_means: float = 0.25
+) -> None:
+    """Print how far the last evaluations of a task's runs scatter, and how many seeds a comparison needs.
+
+    The standard deviation is that of the runs around their algorithm's mean, pooled over `algorithms`, or over all.
+    The seeds are those with which a difference of this share of the mean over all runs is found in 80% of the cases.
+    """
+    of_task: dict[str, list[np.ndarray]] = {}
+    for (env_id, algorithm), runs in load(results).items():
+        scores = final_returns(runs)
+        if len(scores) > 1 and (not algorithms or algorithm in algorithms):
+            of_task.setdefault(env_id, []).append(scores)
+    if not of_task:
+        usage_error(f"{results} has no two evaluated runs of one task and algorithm")
+    header = f"seeds of each algorithm for a difference of {difference_of_means:.0%}"
+    print(
+        f"| task | runs | mean | standard deviation over seeds | {header} |\n|---|---|---|---|---|"
+    )
+    for env_id, groups in of_task.items():
+        count = sum(map(len, groups))
+        mean = np.concatenate(groups).mean()
+        squares = sum(((scores - scores.mean()) ** 2).sum() for scores in groups)
+        deviation = np.sqrt(squares / (count - len(groups)))
+        needed = seeds_needed(difference_of_means * abs(mean) / deviation)
+        print(f"| {env_id} | {count} | {mean:.0f} | {deviation:.0f} | {needed} |")
+
+
 def curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Million steps [n], mean hours [n] and evaluation returns [seeds, n] where the shortest run was evaluated."""
     both = [np.array([run.columns["step"], run.columns["eval_return"]]) for run in runs]
@@ -498,7 +542,7 @@ def compare(reference: Directory, mine: Directory) -> bool:
 
 def main() -> None:
     """Command line; `compare` exits with 1 if something differs."""
-    commands = record, figure, table, seconds, aggregate, compare, models
+    commands = record, figure, table, seconds, aggregate, compare, noise, models
     names = {command.__name__: command for command in commands}
     sys.exit(tyro.extras.subcommand_cli_from_dict(names, description=__doc__))
 

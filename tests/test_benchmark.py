@@ -431,6 +431,31 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "of hatrpo, happo\n" in capsys.readouterr().err
 
 
+def test_seeds_needed():
+    """The sizes of Cohen's table 2.4.1 for a two-sided test at 5%, and of 95% power."""
+    assert [plot.seeds_needed(effect) for effect in (0.2, 0.5, 0.8, 1.0)] == [394, 64, 26, 17]
+    assert plot.seeds_needed(0.5, power=0.95) == 105
+
+
+def test_noise(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The deviation is pooled within the algorithms; a difference of half the mean is one of 5 deviations here."""
+    scores = {"happo": [900, 1000, 1100], "mappo": [900, 1000, 1100], "maddpg": [0, 50, 7]}
+    for algorithm, returns in scores.items():
+        for seed, score in enumerate(returns):
+            write_record(tmp_path, f"Ant-4x2__{algorithm}__{seed}", {10_000: score}, 10_000)
+    write_record(tmp_path, "Ant-8x1__happo__1", {10_000: 5}, 10_000)  # one run does not scatter
+    plot.noise(tmp_path, ("happo", "mappo"), 0.5)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [f"| Ant-4x2 | 6 | 1000 | 100 | {plot.seeds_needed(5)} |"]
+    plot.noise(tmp_path)
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    pooled = np.sqrt((1e4 + 1e4 + np.var([0, 50, 7], ddof=1)) / 3)
+    assert f"| 9 | {(6000 + 57) / 9:.0f} | {pooled:.0f} |" in row
+    with pytest.raises(SystemExit, match="2"):
+        plot.noise(tmp_path, ("ippo",))
+    assert "no two evaluated runs" in capsys.readouterr().err
+
+
 def test_compare(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Equal sets are within the noise; a happo that is 100 better is different; one run or half a run fails."""
     assert not plot.compare(recorded, recorded)

@@ -123,7 +123,7 @@ def test_commands_run(
             plot.main()
         assert not end.value.code
         lines = capsys.readouterr().out.splitlines()
-        if flags[0] in ("table", "aggregate"):
+        if flags[0] in ("table", "aggregate", "noise"):
             rows = [line for line in lines if line.startswith("| ")]
             assert len(rows) > 1 and all(row in page for row in rows)
         elif flags[0] == "seconds":
