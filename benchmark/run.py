@@ -69,6 +69,8 @@ class Args:
     """run only these of the file's algorithms and variants"""
     env_ids: tuple[str, ...] = ()
     """run only these of the file's environments"""
+    seeds: tuple[int, ...] = ()
+    """run only these of the file's seeds"""
     compare: Path | None = None
     """recorded results to compare with at the end; the runs are then recorded in <runs>/<job file>/results"""
     flags: str = ""
@@ -216,9 +218,10 @@ def read_jobs(job_file: Path, runs: Path, flags: str = "") -> list[Job]:
 
 
 def select(jobs: list[Job], args: Args) -> list[Job]:
-    """The jobs of the chosen algorithms and environments; exits with a usage error if one of them has no job."""
+    """The jobs of the chosen algorithms, environments and seeds; exits with a usage error if one of them has no job."""
     env_ids = [task_name(env_id) for env_id in args.env_ids]
-    for at, chosen in ((1, args.algorithms), (0, env_ids)):
+    seeds = [str(seed) for seed in args.seeds]
+    for at, chosen in ((1, args.algorithms), (0, env_ids), (2, seeds)):
         names = [job.run_dir.name.split("__")[at] for job in jobs]
         if missing := [name for name in chosen if name not in names]:
             known = ", ".join(dict.fromkeys(names))

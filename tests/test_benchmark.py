@@ -858,9 +858,14 @@ def test_runner_runs_one_row_and_compares_it(
     with pytest.raises(SystemExit, match="2"):
         runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, algorithms=("mappo",)))
     assert "has no mappo, but happo" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        runner.main(runner.Args(tmp_path / "job.toml", runs=tmp_path, seeds=(2, 3)))
+    assert "has no 3, but 1, 2" in capsys.readouterr().err
 
+    (line, *_) = run_jobs(env_ids=("Reacher-1x2",), seeds=(2,))[1]
+    assert line == "1 jobs, 0 finished before"
     (line, *_) = run_jobs(env_ids=("Reacher-1x2",), algorithms=("happo",))[1]
-    assert line == "2 jobs, 0 finished before"
+    assert line == "2 jobs, 1 finished before"
     reference = tmp_path / "reference"
     plot.record(tmp_path / "job", reference)
     names = {path.name for path in reference.glob("*.csv")}
