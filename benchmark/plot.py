@@ -245,26 +245,26 @@ def confidence_interval(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
+def share_above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Share of the pairs of a score of x [..., n] and one of y [..., m] in which x's is higher; a tie counts half."""
+    return 0.5 + np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) / 2
+
+
 def improvement(
     tasks: list[tuple[np.ndarray, np.ndarray]], seed: int = 0
 ) -> tuple[float, float, float]:
     """Probability that a run of x [n] is above one of y [m], mean over tasks, and its 95% interval (Agarwal et al.).
 
-    A tie counts half. The bootstrap is stratified by task and algorithm; if the runs do not overlap, the interval is a
-    point.
+    The bootstrap is stratified by task and algorithm; if the runs do not overlap, the interval is a point.
     """
-
-    def above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return 0.5 + np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) / 2
-
     rng = np.random.default_rng(seed)
     resampled = []
     for x, y in tasks:
         xs = rng.choice(x, (RESAMPLES, len(x)))
         ys = rng.choice(y, (RESAMPLES, len(y)))
-        resampled.append(above(xs, ys))
+        resampled.append(share_above(xs, ys))
     low, high = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
-    probability = np.mean([above(x, y) for x, y in tasks])
+    probability = np.mean([share_above(x, y) for x, y in tasks])
     return float(probability), float(low), float(high)
 
 
@@ -369,11 +369,26 @@ def aggregate(results: Directory, algorithms: tuple[str, ...] = (), steps: float
         words = f"{sum(map(len, scaled))} | {end:,.0f} | {mean:.2f} ({low:.2f} to {high:.2f})"
         print(f"| {name.upper()} | {words} |")
     print("\n| | tasks with both | probability of improvement (95% interval) |\n|---|---|---|")
+    compared = []
     for x, y in PAIRS + [(name, name.split("-")[0]) for name in names if "-" in name]:
         if pairs := [(scores[e, x], scores[e, y]) for e in with_equal_seeds(x, y)]:
+            compared.append((x, y))
             p, low, high = improvement(pairs)
             words = f"{len(pairs)} | {p:.2f} ({low:.2f} to {high:.2f})"
             print(f"| {x.upper()} over {y.upper()} | {words} |")
+    header = " | ".join(f"{x.upper()} over {y.upper()}" for x, y in compared)
+    print(f"\nPairs of runs in which the first is above the second:\n\n| task | {header} |")
+    print("|---" * (1 + len(compared)) + "|")
+    for env_id in env_ids:
+        cells = []
+        for x, y in compared:
+            cell = "-"
+            if env_id in with_equal_seeds(x, y):
+                count = len(scores[env_id, x]) * len(scores[env_id, y])
+                won = count * share_above(scores[env_id, x], scores[env_id, y])
+                cell = f"{won:g} of {count}"
+            cells.append(cell)
+        print(f"| {env_id} | {' | '.join(cells)} |")
 
 
 def seeds_needed(effect: float, power: float = 0.8) -> int:

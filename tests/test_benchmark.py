@@ -411,6 +411,11 @@ def test_aggregate(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert cells["| HAPPO over MAPPO"][0] == "3"
     assert cells["| HAPPO over MAPPO"][1].startswith(f"{np.mean([5 / 9, 1 / 2, 3 / 4]):.2f} (")
     assert cells["| HAPPO-SHARED over HAPPO"][:1] == ["3"] and "| HATRPO over HAPPO" not in cells
+    # The pairs of a task, counted: 50 and 100 are above 40 and 20, 100 above 60 as well; ties count half.
+    assert cells["| task"] == ["HAPPO over MAPPO", "HAPPO-SHARED over HAPPO |"]
+    assert cells["| Ant-4x2"] == ["5 of 9", "3 of 9 |"]
+    assert cells["| Walker2d-2x3"] == ["4.5 of 9", "4.5 of 9 |"]
+    assert cells["| Humanoid-17x1"] == ["3 of 4", "- |"]
     plot.aggregate(tmp_path, ("happo", "mappo"))
     assert capsys.readouterr().out.startswith(f"Over 3 of 5 {tasks}: Ant-4x2, Walk")
     write_record(tmp_path / "late", "Ant-4x2__happo__1", {10_000: 1, 20_000: 9}, 20_000)
