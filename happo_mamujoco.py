@@ -225,7 +225,7 @@ def happo_update(
     and the joint KL. `optimizer` has the parameters of all actors.
     """
     num_agents = len(actors)
-    with torch.no_grad():  # all agents': an update of shared parameters would change the others'
+    with torch.no_grad():  # before any update: one of shared parameters changes every agent
         logprobs = [actors[i](obs[i]).log_prob(actions[i]) for i in range(num_agents)]
     log = {}
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()

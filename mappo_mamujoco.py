@@ -222,7 +222,7 @@ def mappo_update(
     the whole batch: each agent's statistics. `optimizer` has the parameters of all actors.
     """
     num_agents = len(actors)
-    with torch.no_grad():  # all agents': an update of shared parameters would change the others'
+    with torch.no_grad():  # before any update: one of shared parameters changes every agent
         logprobs = [actors[i](obs[i]).log_prob(actions[i]) for i in range(num_agents)]
     log = {}
     M = advantages
