@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+torch.set_num_threads(1)  # also for fixtures that are made before `settings_of_pytorch`
+
 SCRIPTS = sorted(path.stem for path in Path(__file__).parent.parent.glob("*_mamujoco.py"))
 PPO_TAGS = {"policy_loss", "entropy", "approx_kl", "clip_fraction"}
 TRPO_TAGS = {"policy_loss", "entropy", "kl", "surrogate_gain", "expected_gain", "slope"}
