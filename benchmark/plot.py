@@ -285,7 +285,7 @@ def table(results: Directory, steps: float = np.inf) -> None:
     print("|---" * 7 + "|")
     for (env_id, algorithm), runs in groups.items():
         scores = final_returns(runs)
-        words = "0 | not evaluated yet | "
+        words = "0 | not evaluated yet |"
         if len(scores):
             end = np.median([run.columns["step"][-1] for run in runs])
             words = f"{len(scores)} | {scores.mean():.0f} ({scores.min():.0f} to {scores.max():.0f}) | {end:,.0f}"

@@ -190,7 +190,7 @@ def test_what_is_no_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert [path.name for path in results.glob("*.csv")] == ["Ant-4x2__happo__1.csv"]
     plot.table(results)
-    line = "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | | | 1920 | 5800 to 5900 |"
+    line = "| Ant-4x2 | HAPPO | 0 | not evaluated yet | | 1920 | 5800 to 5900 |"
     assert capsys.readouterr().out.splitlines()[2] == line
     before = (results / "runs.jsonl").read_text()
     with pytest.raises(SystemExit, match="2"):
