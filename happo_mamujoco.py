@@ -4,8 +4,7 @@
     tensorboard --logdir runs
 
 "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning"
-(Kuba et al. 2022, arXiv 2109.11251), algorithm 3.
-`diff mappo_mamujoco.py happo_mamujoco.py` shows what HAPPO changes.
+(Kuba et al., arXiv 2109.11251, alg. 3). Read the diff with mappo_mamujoco.py.
 """
 
 import os

@@ -4,8 +4,7 @@
     tensorboard --logdir runs
 
 "Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning"
-(Kuba et al. 2022, arXiv 2109.11251), algorithm 2.
-`diff happo_mamujoco.py hatrpo_mamujoco.py` shows what HATRPO changes.
+(Kuba et al., arXiv 2109.11251, alg. 2). Read the diff with happo_mamujoco.py.
 """
 
 import copy

@@ -4,8 +4,7 @@
     tensorboard --logdir runs
 
 "Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?"
-(de Witt et al. 2020, arXiv 2011.09533).
-`diff mappo_mamujoco.py ippo_mamujoco.py` shows n critics instead of one.
+(de Witt et al., arXiv 2011.09533). Read the diff with mappo_mamujoco.py.
 """
 
 import os

@@ -4,7 +4,7 @@
     tensorboard --logdir runs
 
 "Multi-Agent Actor-Critic for Mixed Cooperative-Competitive Environments"
-(Lowe et al. 2017, arXiv 1706.02275), algorithm 1.
+(Lowe et al., arXiv 1706.02275, alg. 1).
 
 The agents share the reward, so there is one critic, not one for each agent.
 """

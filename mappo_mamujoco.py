@@ -4,8 +4,7 @@
     tensorboard --logdir runs
 
 "The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games"
-(Yu et al. 2022, arXiv 2103.01955).
-`diff mappo_mamujoco.py happo_mamujoco.py` shows what HAPPO changes.
+(Yu et al., arXiv 2103.01955). Read the diff with happo_mamujoco.py.
 """
 
 import os
