@@ -21,7 +21,8 @@ CAPSULE = mujoco.mjtGeom.mjGEOM_CAPSULE
 
 def add_motor(spec: mujoco.MjSpec, joint: str) -> None:
     """Let a motor drive the joint of that name, with Gymnasium's gear and range."""
-    motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint, gear=[150] + [0] * 5)
+    motor = spec.add_actuator(trntype=mujoco.mjtTrn.mjTRN_JOINT, target=joint)
+    motor.gear = [150, 0, 0, 0, 0, 0]  # a hinge has the first of the six directions
     motor.ctrllimited = True
     motor.ctrlrange = [-1, 1]
 
@@ -60,7 +61,8 @@ def many_segment_ant(num_segments: int) -> mujoco.MjModel:
         hip.add_geom(type=CAPSULE, fromto=[0, 0, 0, *out], size=[0.08, 0, 0])
         ankle = hip.add_body(pos=out)
         ankle.add_joint(name=f"ankle{name}", type=HINGE, axis=ankle_axis, range=ankle_range)
-        ankle.add_geom(type=CAPSULE, fromto=[0, 0, 0, *(2 * x for x in out)], size=[0.08, 0, 0])
+        shin = [2 * x for x in out]  # twice as long as the thigh
+        ankle.add_geom(type=CAPSULE, fromto=[0, 0, 0, *shin], size=[0.08, 0, 0])
         add_motor(spec, f"hip{name}")
         add_motor(spec, f"ankle{name}")
 
