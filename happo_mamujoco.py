@@ -98,6 +98,10 @@ class Args:
     """minibatches per pass"""
     clip_coef: Fraction = 0.1
     """epsilon of the clipped objective"""
+    max_ratio: PositiveFloat = 2.0
+    """in M the earlier agents' joint ratio is cut at this value; inf: never"""
+    keep_mean: bool = False
+    """M keeps its mean over the batch; otherwise the mean is taken away"""
     ent_coef: Fraction = 0.0
     """coefficient of the entropy bonus"""
     max_grad_norm: PositiveFloat = 10.0
@@ -244,10 +248,15 @@ def happo_update(
             _, logratio, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)
         for name, value in stats.items():
             log[f"agent_{i}/{name}"] = value
-        # M^{i_{m+1}} = pi_new^{i_m}(a|o) / pi_old^{i_m}(a|o) * M^{i_m}: the later agents see what
-        # this one changed. A itself is not recomputed, M is neither normalised nor clipped.
-        M = M * logratio.exp()
+        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the
+        # later agents see what these changed. A itself is not recomputed.
         joint_logratio += logratio
+        # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes.
+        M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
+        # Not in the paper (--keep-mean): the earlier agents were fitted to this batch, so that the
+        # mean of M is above 0, and any way to make all the batch's actions more probable would pay.
+        if not args.keep_mean:
+            M = M - M.mean()
     log["losses/M_std"] = M.std()
     log["losses/joint_kl"] = approx_kl(joint_logratio)
     return log

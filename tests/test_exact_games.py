@@ -36,6 +36,7 @@ CLIPPED = {
     "ent_coef": 0.0,
     "max_grad_norm": 10.0,
 }
+EXACT_M = {"max_ratio": np.inf, "keep_mean": True}
 TRUST_REGION = {
     "momentum": 0.0,
     "max_ratio": np.inf,
@@ -333,7 +334,8 @@ def random_update(seed: int) -> Update:
     size = 10 ** rng.uniform(-4, -0.5)
     epochs = int(rng.integers(1, 5))
     if algorithm == "happo":
-        args = happo.Args(**CLIPPED | {"update_epochs": epochs, "learning_rate": 5 * size})
+        sizes = {"update_epochs": epochs, "learning_rate": 5 * size}
+        args = happo.Args(**CLIPPED | EXACT_M | sizes)
     else:
         args = hatrpo.Args(**TRUST_REGION, target_kl=size)
     actors, log, calls = run_and_record(algorithm, game, logits, range(n), args)
@@ -558,9 +560,8 @@ def test_return_rises_as_long_as_the_bound_is_positive(algorithm: str):
                 tried = [copy.deepcopy(actor) for actor in actors]
                 in_order, batch = [tried[i] for i in order], exact_batch(game, old, order)
                 if algorithm == "happo":
-                    run_happo(
-                        in_order, batch, happo.Args(**CLIPPED, fixed_order=True, learning_rate=size)
-                    )
+                    args = happo.Args(**CLIPPED, **EXACT_M, fixed_order=True, learning_rate=size)
+                    run_happo(in_order, batch, args)
                 else:
                     run_hatrpo(
                         in_order,
@@ -606,7 +607,7 @@ def test_happo_is_gradient_ascent_on_the_clipped_surrogate(epsilon: float):
         actors = [TabularActor(rows) for rows in logits]
         args = happo.Args(fixed_order=True, learning_rate=lr)
         changes = {"update_epochs": k % 5 + 1, "clip_coef": epsilon, "max_grad_norm": np.inf}
-        for name, value in (CLIPPED | changes).items():
+        for name, value in (CLIPPED | EXACT_M | changes).items():
             setattr(args, name, value)  # of the constructor an epsilon above 1 would be refused
         run_happo([actors[i] for i in order], exact_batch(game, old, order), args, optimizer=SGD)
         for m, i in enumerate(order):
@@ -760,7 +761,7 @@ def test_simultaneous_updates_lower_the_return_and_sequential_ones_raise_it(
             run_happo(
                 actors,
                 exact_batch(game, old, order),
-                happo.Args(**CLIPPED | size, fixed_order=True),
+                happo.Args(**CLIPPED | EXACT_M | size, fixed_order=True),
             )
         else:
             run_hatrpo(actors, exact_batch(game, old, order), radius)
@@ -771,6 +772,57 @@ def test_simultaneous_updates_lower_the_return_and_sequential_ones_raise_it(
         alone = junction_actors(range(3))
         alone[order[0]] = actors[0]
         assert outcome(alone, range(3))[0] > 0.003  # a step of this size by one agent does no harm
+
+
+def junction_sample() -> tuple[list[ndarray], ndarray]:
+    """The actions and advantages of 1,000 visits to the junction, each joint action as often as it is expected.
+
+    The first policies go in tenths and twentieths, so that all the counts are whole. In the jam A is 0.
+    """
+    game, old = junction(), [actor.policy() for actor in junction_actors(range(3))]
+    prob = joint(old)[0]
+    counts = np.rint(1000 * prob).astype(int)
+    np.testing.assert_allclose(counts, 1000 * prob, rtol=0, atol=1e-9)
+    actions = np.repeat(np.indices(prob.shape).reshape(3, -1), counts.ravel(), axis=1)
+    return list(actions), np.repeat(solve(game, old).A[0].ravel(), counts.ravel())
+
+
+def run_happo_on_sample(
+    order: Sequence[int], changed: dict[str, Any], optimizer: Callable = Adam
+) -> list[TabularActor]:
+    """HAPPO's update of the first policies with the sample, where a row is a visit; the advantages are normalised."""
+    actions, A = junction_sample()
+    obs = torch.tensor([[0.0, 1.0]]).double().expand(len(A), 2)
+    batch = [obs] * 3, [torch.tensor(actions[i][:, None]) for i in order], torch.tensor(A / A.std())
+    args = happo.Args(fixed_order=True)
+    for name, value in (CLIPPED | {"update_epochs": 10} | changed).items():
+        setattr(args, name, value)
+    actors = junction_actors(order)
+    run_happo(actors, batch, args, optimizer)
+    return actors
+
+
+def test_a_cut_and_centred_M_raises_the_return_as_well():
+    """HAPPO as it is by default, where simultaneous updates lower the return: see the test above."""
+    for order in permutations(range(3)):
+        actors = run_happo_on_sample(order, {"learning_rate": 0.03, "clip_coef": 0.3})
+        change, moved = outcome(actors, order)
+        assert change > 0.08
+        assert moved[order[0]] < -0.03
+        assert max(moved) > 0.1
+
+
+def test_the_mean_of_M_does_not_matter_where_the_batch_is_as_expected():
+    """A constant times the mean ratio: that is 1 for any policy, on a batch with each action as often as expected."""
+    size = {"learning_rate": 0.3, "clip_coef": 1e9, "max_ratio": np.inf}
+    for order in permutations(range(3)):
+        kept, taken = (
+            run_happo_on_sample(order, size | {"keep_mean": keep_mean}, SGD)
+            for keep_mean in (True, False)
+        )
+        for i, one, other in zip(order, kept, taken, strict=True):
+            np.testing.assert_allclose(one.policy(), other.policy(), rtol=0, atol=1e-12)
+            assert abs(one.policy()[0, 1] - JUNCTION_GO[i]) > 0.003
 
 
 # (c) Shared parameters
@@ -786,7 +838,7 @@ def split(n: int) -> Game:
 def train_on_split(n: int, actors: Sequence[TabularActor], lr: float) -> list[float]:
     """40 iterations of HAPPO on exact advantages; the return before each of them and at the end."""
     optimizer = Adam(nn.ModuleList(actors).parameters(), lr=lr)
-    args = happo.Args(**CLIPPED)
+    args = happo.Args(**CLIPPED, **EXACT_M)
     torch.manual_seed(0)
     game = split(n)
     returns = []

@@ -267,7 +267,10 @@ def test_all_scripts_are_registered():
 
 OFF = {
     "mappo": {},
-    "happo": {},
+    "happo": {
+        "--max-ratio inf": ("max_ratio", inf),
+        "--keep-mean": ("keep_mean", True),
+    },
     "hatrpo": {
         "--cg-damping 0": ("cg_damping", 0),
         "--momentum 0": ("momentum", 0),

@@ -209,6 +209,7 @@ SETTINGS = {
     "target_kl": 0.02,
     "momentum": 0.9,
     "max_ratio": np.inf,
+    "keep_mean": True,
     "backtrack_coeff": 0.8,
     "backtrack_iters": 10,
     "accept_ratio": 0.5,
@@ -572,10 +573,18 @@ def test_critic_splits_the_batch_anew_in_every_pass(script, num_minibatches):
 def test_with_one_agent_happo_and_mappo_are_ppo(
     script, num_minibatches, max_grad_norm, agent, monkeypatch
 ):
-    """Parameter for parameter after several epochs, with and without minibatches, gradients clipped and not."""
+    """Parameter for parameter after several epochs, with and without minibatches, gradients clipped and not.
+
+    Alone, an agent has no M to cut, and none to take the mean of.
+    """
     problem = Problem(script, [agent])
     args = make_args(
-        script, num_minibatches=num_minibatches, max_grad_norm=max_grad_norm, update_epochs=4
+        script,
+        num_minibatches=num_minibatches,
+        max_grad_norm=max_grad_norm,
+        update_epochs=4,
+        max_ratio=1e-9,
+        keep_mean=False,
     )
     calls = record_calls(monkeypatch, problem)
     log = problem.update(args)
@@ -901,19 +910,23 @@ def test_M_is_not_normalised_and_not_clipped(script, monkeypatch):
     assert log["losses/M_std"].item() == pytest.approx(M.std().item(), rel=1e-9)
 
 
+@each_sequential
 @pytest.mark.parametrize("max_ratio", [0.8, 1.3, 2.0])
-def test_hatrpo_counts_the_joint_ratio_up_to_its_largest(max_ratio, monkeypatch):
+def test_M_counts_the_joint_ratio_up_to_its_largest(script, max_ratio, monkeypatch):
     """M = A min(R, c), R the ratio of the joint policies of all agents so far: not each agent's ratio is cut.
 
     The first agent gets A as it is, and so does every row whose R is within the bound: there M is exact.
     """
-    problem = Problem(hatrpo, batch=300, seed=2)
+    problem = Problem(script, batch=300, seed=2)
     calls = record_calls(monkeypatch, problem)
-    log = problem.update(make_args(hatrpo, target_kl=0.2, max_ratio=max_ratio))
+    args = make_args(script, target_kl=0.2, learning_rate=0.1, max_ratio=max_ratio)
+    log = problem.update(args)
     order = order_of(calls)
     ratios = torch.stack([problem.ratio(i) for i in range(3)]).numpy()
     A = problem.advantages.numpy()
-    assert torch.equal(calls[0].M, problem.advantages)
+    # In an agent's last call the rows of the batch are in order.
+    got = {call.agent: call.M.numpy() for call in calls}
+    np.testing.assert_array_equal(got[order[0]], A)
     rows = Counter()
     for m in (1, 2, 3):
         R = ratios[order[:m]].prod(0)
@@ -923,11 +936,30 @@ def test_hatrpo_counts_the_joint_ratio_up_to_its_largest(max_ratio, monkeypatch)
         rows["exact"] += (~cut).sum()
         rows["one agent's ratio is larger"] += (~cut & (ratios[order[:m]].max(0) > max_ratio)).sum()
         if m < 3:
-            np.testing.assert_allclose(calls[m].M.numpy(), expected, rtol=1e-10)
+            np.testing.assert_allclose(got[order[m]], expected, rtol=1e-10)
         else:
             assert log["losses/M_std"].item() == pytest.approx(np.std(expected, ddof=1), rel=1e-10)
     assert min(rows.values()) > 0 and len(rows) == 3
     assert log["losses/joint_kl"].item() == pytest.approx((R - 1 - np.log(R)).mean(), rel=1e-8)
+
+
+@pytest.mark.parametrize("max_ratio", [1.3, np.inf])
+def test_happo_takes_the_mean_of_the_batch_from_M(max_ratio, monkeypatch):
+    """After the cut, and of the whole batch, not of a minibatch; the first agent gets A with its mean."""
+    problem = Problem(happo, batch=300, seed=2)
+    problem.advantages += 0.7
+    calls = record_calls(monkeypatch, problem)
+    problem.update(make_args(happo, num_minibatches=4, max_ratio=max_ratio, keep_mean=False))
+    order = order_of(calls)
+    ratios = torch.stack([problem.ratio(i) for i in range(3)]).numpy()
+    A = problem.advantages.numpy()
+    expected = {order[0]: A}
+    for m in (1, 2):
+        counted = A * np.minimum(ratios[order[:m]].prod(0), max_ratio)
+        assert counted.mean() > 0.1
+        expected[order[m]] = counted - counted.mean()
+    for i, rows, M in calls:
+        np.testing.assert_allclose(M.numpy(), expected[i][rows.numpy()], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_minibatches", [1, 2, 5, 32])
