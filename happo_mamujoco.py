@@ -98,8 +98,6 @@ class Args:
     """minibatches per pass"""
     clip_coef: Fraction = 0.1
     """epsilon of the clipped objective"""
-    max_ratio: PositiveFloat = 2.0
-    """in M the earlier agents' joint ratio is cut at this value; inf: never"""
     keep_mean: bool = False
     """M keeps its mean over the batch; otherwise the mean is taken away"""
     ent_coef: Fraction = 0.0
@@ -251,8 +249,7 @@ def happo_update(
         # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the
         # later agents see what these changed. A itself is not recomputed.
         joint_logratio += logratio
-        # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes.
-        M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
+        M = joint_logratio.exp() * advantages
         # Not in the paper (--keep-mean): the earlier agents were fitted to this batch, so that the
         # mean of M is above 0, and any way to make all the batch's actions more probable would pay.
         if not args.keep_mean:

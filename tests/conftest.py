@@ -30,8 +30,8 @@ class Sibling(NamedTuple):
 # A new script is registered here.
 SIBLINGS = {
     "mappo": Sibling(4400, PPO_TAGS),
-    "happo": Sibling(4400, PPO_TAGS, "mappo", 50),
-    "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 228),
+    "happo": Sibling(4400, PPO_TAGS, "mappo", 47),
+    "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 233),
     "ippo": Sibling(4400, PPO_TAGS, "mappo", 55),
     "maddpg": Sibling(4400, {"policy_loss"}),
 }

@@ -267,10 +267,7 @@ def test_all_scripts_are_registered():
 
 OFF = {
     "mappo": {},
-    "happo": {
-        "--max-ratio inf": ("max_ratio", inf),
-        "--keep-mean": ("keep_mean", True),
-    },
+    "happo": {"--keep-mean": ("keep_mean", True)},
     "hatrpo": {
         "--cg-damping 0": ("cg_damping", 0),
         "--momentum 0": ("momentum", 0),
