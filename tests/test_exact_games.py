@@ -784,8 +784,10 @@ def junction_sample() -> tuple[list[ndarray], ndarray]:
     prob = joint(old)[0]
     counts = np.rint(1000 * prob).astype(int)
     np.testing.assert_allclose(counts, 1000 * prob, rtol=0, atol=1e-9)
-    actions = np.repeat(np.indices(prob.shape).reshape(3, -1), counts.ravel(), axis=1)
-    return list(actions), np.repeat(solve(game, old).A[0].ravel(), counts.ravel())
+    joint_actions = np.indices(prob.shape).reshape(3, -1)
+    A = solve(game, old).A[0]
+    actions = np.repeat(joint_actions, counts.ravel(), axis=1)
+    return list(actions), np.repeat(A.ravel(), counts.ravel())
 
 
 def run_happo_on_sample(
@@ -794,12 +796,14 @@ def run_happo_on_sample(
     """HAPPO's update of the first policies with the sample, where a row is a visit; the advantages are normalised."""
     actions, A = junction_sample()
     obs = torch.tensor([[0.0, 1.0]]).double().expand(len(A), 2)
-    batch = [obs] * 3, [torch.tensor(actions[i][:, None]) for i in order], torch.tensor(A / A.std())
+    in_order = [torch.tensor(actions[i][:, None]) for i in order]
+    advantages = torch.tensor(A / A.std())
     args = happo.Args(fixed_order=True)
-    for name, value in (CLIPPED | {"update_epochs": 10} | changed).items():
+    settings = {**CLIPPED, "update_epochs": 10, **changed}
+    for name, value in settings.items():
         setattr(args, name, value)
     actors = junction_actors(order)
-    run_happo(actors, batch, args, optimizer)
+    run_happo(actors, ([obs] * 3, in_order, advantages), args, optimizer)
     return actors
 
 
@@ -817,13 +821,12 @@ def test_the_mean_of_M_does_not_matter_where_the_batch_is_as_expected():
     """A constant times the mean ratio: that is 1 for any policy, on a batch with each action as often as expected."""
     size = {"learning_rate": 0.3, "clip_coef": 1e9}
     for order in permutations(range(3)):
-        kept, taken = (
-            run_happo_on_sample(order, size | {"keep_mean": keep_mean}, SGD)
-            for keep_mean in (True, False)
-        )
-        for i, one, other in zip(order, kept, taken, strict=True):
-            np.testing.assert_allclose(one.policy(), other.policy(), rtol=0, atol=1e-12)
-            assert abs(one.policy()[0, 1] - JUNCTION_GO[i]) > 0.003
+        with_mean = run_happo_on_sample(order, {**size, "keep_mean": True}, SGD)
+        without = run_happo_on_sample(order, {**size, "keep_mean": False}, SGD)
+        for m, i in enumerate(order):
+            policy = with_mean[m].policy()
+            np.testing.assert_allclose(without[m].policy(), policy, rtol=0, atol=1e-12)
+            assert abs(policy[0, 1] - JUNCTION_GO[i]) > 0.003
 
 
 # (c) Shared parameters
