@@ -7,6 +7,7 @@ each batch makes one update, from the checkpoint's policy, sums of gradients and
 ways have the radius of the checkpoint on average over the agents:
 
 - the script: `hatrpo.trpo_step`
+- no sum: along the gradient of this batch alone
 - four steps: each a quarter as long, along the gradient at the parameters that the step before led to
 - by need: agent i has a share of the joint radius in proportion to s' H^-1 s of its sum of gradients s, with M = A
 - half: the batch's first half makes the step. It is kept if the surrogate rises on this half.
@@ -36,7 +37,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import envs
 import hatrpo_mamujoco as hatrpo
 
-WAYS = ("the script", "four steps", "by need", "half", "half, judged")
+WAYS = ("the script", "no sum", "four steps", "by need", "half", "half, judged")
 
 
 def direction(actor: torch.nn.Module, data: tuple, old_sum: Tensor, args: hatrpo.Args) -> tuple:
@@ -113,6 +114,8 @@ def update(
         actor = policy.actors[i]
         data = (obs[i], actions[i], logprobs[i], M)
         old_sum = region.gradient_sums[i].clone()
+        if way == "no sum":
+            old_sum.zero_()
         if way == "the script":
             _, stats = hatrpo.trpo_step(actor, *data, region, i, args)
             accepted += stats["accepted"]
