@@ -238,6 +238,13 @@ def place(run_dir: Path) -> list[str]:
     return ["--run-dir", str(run_dir)]
 
 
+def processor() -> str:
+    """The name of this machine's processor: on another kind a run's last bits differ."""
+    info = Path("/proc/cpuinfo")  # Linux
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return model[1] if model else platform.processor()
+
+
 def describe_run(command: list[str], args: dict[str, Any]) -> dict[str, Any]:
     """What it takes to repeat a run: command, arguments, commit, versions, machine."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -245,14 +252,19 @@ def describe_run(command: list[str], args: dict[str, Any]) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "mujoco", "gymnasium"):
         versions[package] = importlib.metadata.version(package)
-    machine = {"system": platform.platform(), "cpus": os.cpu_count()}
+    machine = {
+        "system": platform.platform(),
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "threads": args["num_threads"],
+    }
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
         "args": args,
         "commit": described.stdout.strip() or None,
         "versions": versions,
-        "machine": machine | {"threads": args["num_threads"]},
+        "machine": machine,
     }
 
 

@@ -16,7 +16,6 @@ import contextlib
 import csv
 import io
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -39,6 +38,7 @@ import mujoco
 import torch
 import tyro
 from mujoco.batch import Batch
+from run import processor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -387,18 +387,11 @@ def commit_of(checkout: Path) -> str:
     return subprocess.getoutput(f"{git} describe --always --dirty 2>/dev/null")
 
 
-def describe_machine() -> str:
-    """Processor and number of cores."""
-    info = Path("/proc/cpuinfo")  # Linux
-    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{model[1] if model else platform.processor()}, {os.cpu_count()} cores"
-
-
 def main(args: Args) -> None:
     """Measure, print and write."""
     # Gymnasium's own model files have deprecated attributes, of which MuJoCo warns.
     mujoco.set_mju_user_warning(lambda _: None)
-    machine = describe_machine()
+    machine = f"{processor()}, {os.cpu_count()} cores"
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     measures = {
         "scripts": measure_scripts,

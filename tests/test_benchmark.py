@@ -734,6 +734,11 @@ def test_runner_finishes_skips_resumes_and_reports(tmp_path: Path, run_jobs):
     assert start["command"][-2:] == ["--run-dir", str(run)] and start["args"]["run_dir"] == str(run)
     assert start["args"]["num_envs"] == 4 and start["args"]["gamma"] == 0.99
     assert start["machine"]["threads"] == 1
+    if sys.platform == "linux":
+        models = re.findall(
+            r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
+        assert start["machine"]["processor"] == models[0]
     # The version of a CUDA build ends in "+cu130" in one of the two only.
     assert start["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
