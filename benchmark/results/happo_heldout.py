@@ -4,12 +4,13 @@
 
 RUN_DIR is a run of happo_mamujoco.py with its checkpoint. The policy plays the batches without being updated. Then each
 batch makes one update, from the checkpoint's policy and optimizer, and the others judge it. What is printed are means
-over the updates with their standard errors:
+over the updates with standard errors (of gain and KL the jackknife's over the batches):
 
-- gain: the other batches' mean of A log(new / old) of the joint policy, in thousandths (the surrogate gain to first
-  order)
+- gain: the other batches' mean of A (log(new / old) + KL(old || new)) of the joint policy, in thousandths. It is the
+  surrogate gain to first order. The KL is that of the row's own distributions, so that the factor behind A has the mean
+  0 for every observation. Without the KL, A would count where it is small on average and the policy changes much.
 - own gain: the mean of A (new / old - 1) on the batch that made the update, in thousandths
-- KL: the KL divergence of the joint policy, estimated on the other batches
+- KL: the KL divergence of the joint policy, on the other batches
 - log std: the change of the log standard deviation, mean over the actuators, in thousandths
 - std of M: after the last agent
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, kl_divergence
 from torch.optim import Adam
 
 import envs
@@ -103,6 +105,51 @@ def play(
     return policy.observe(obs.flatten(0, 1)), agents_actions, advantages
 
 
+def mean_and_error(gains: Tensor) -> tuple[float, float]:
+    """Mean of the gains [N, N], of update k by batch j, without the diagonal; and its standard error.
+
+    The error is the jackknife's, which leaves out a batch both as an update and as a judge: all updates have the same
+    judges, so their gains are not independent.
+    """
+    n = len(gains)
+    gains = gains.clone().fill_diagonal_(0)
+    total = gains.sum()
+    without_k = (total - gains.sum(0) - gains.sum(1)) / ((n - 1) * (n - 2))
+    error = ((n - 1) / n * ((without_k - without_k.mean()) ** 2).sum()).sqrt()
+    return float(total / (n * (n - 1))), float(error)
+
+
+def judge(
+    policy: nn.Module, batches: list[tuple], before: list[list[Distribution]], update: int
+) -> tuple[Tensor, Tensor]:
+    """Gain and KL [N] of an updated policy on each batch, and 0 on the batch that made the update.
+
+    The gain is the mean of A (log(new / old) + KL(old || new)); `before` are the old distributions of a batch's agents.
+    """
+    gains = torch.zeros(len(batches))
+    kls = torch.zeros(len(batches))
+    for j, (obs, actions, advantages) in enumerate(batches):
+        if j == update:
+            continue
+        logratio = torch.zeros_like(advantages)
+        kl = torch.zeros_like(advantages)
+        for i, actor in enumerate(policy.actors):
+            with torch.no_grad():
+                old = before[j][i]
+                new = actor(obs[i])
+                kl += kl_divergence(old, new)
+                logratio += new.log_prob(actions[i]) - old.log_prob(actions[i])
+        gains[j] = ((logratio + kl) * advantages).mean()
+        kls[j] = kl.mean()
+    return gains, kls
+
+
+def distributions(policy: nn.Module, batch: tuple) -> list[Distribution]:
+    """What each agent draws its actions from, for the observations of a batch."""
+    with torch.no_grad():
+        return [actor(agent_obs) for actor, agent_obs in zip(policy.actors, batch[0])]
+
+
 def main() -> None:
     """Print the table of one run."""
     torch.set_num_threads(1)
@@ -120,39 +167,34 @@ def main() -> None:
     start.load_state_dict(checkpoint["policy"])
     critic.load_state_dict(checkpoint["critic"])
     batches = [play(env, start, critic, args) for _ in range(num_batches)]
-    before = [log_probs(start, batch) for batch in batches]
+    before = [distributions(start, batch) for batch in batches]
 
     print(f"{args.env_id}, step {checkpoint['step']}, {num_batches} batches")
     print("| M | gain | own gain | KL | log std | std of M, median and largest |")
     print("|---|---|---|---|---|---|")
     for choice in CHOICES:
         rows = []
+        gains = torch.zeros(num_batches, num_batches)
+        kls = torch.zeros(num_batches, num_batches)
         for k, batch in enumerate(batches):
             policy = copy.deepcopy(start)
             optimizer = Adam(policy.parameters(), eps=1e-5, fused=True)
             optimizer.load_state_dict(copy.deepcopy(checkpoint["actor_optimizer"]))
             torch.manual_seed(k)
             M, joint_logratio = update(policy, optimizer, batch, choice, args)
-            gains = []
-            kls = []
-            for j, other in enumerate(batches):
-                if j != k:
-                    after = log_probs(policy, other)
-                    logratio = torch.stack(after).sum(0) - torch.stack(before[j]).sum(0)
-                    gains.append((logratio * other[2]).mean())
-                    kls.append(happo.approx_kl(logratio))
+            gains[k], kls[k] = judge(policy, batches, before, k)
             own_gain = ((joint_logratio.exp() - 1) * batch[2]).mean()
             changes = [new.log_std - old.log_std for new, old in zip(policy.actors, start.actors)]
             log_std = torch.cat(changes).mean().detach()
-            rows.append(
-                [1000 * np.mean(gains), 1000 * own_gain, np.mean(kls), 1000 * log_std, M.std()]
-            )
+            rows.append([1000 * own_gain, 1000 * log_std, M.std()])
         rows = torch.tensor(rows, dtype=torch.float64).numpy()
         mean = rows.mean(0)
         error = rows.std(0, ddof=1) / num_batches**0.5
-        cells = [f"{mean[0]:.1f} +- {error[0]:.1f}", f"{mean[1]:.0f} +- {error[1]:.0f}"]
-        cells += [f"{mean[2]:.3f} +- {error[2]:.3f}", f"{mean[3]:.2f} +- {error[3]:.2f}"]
-        cells += [f"{np.median(rows[:, 4]):.2f}, {rows[:, 4].max():.2f}"]
+        gain, gain_error = mean_and_error(1000 * gains)
+        kl, kl_error = mean_and_error(kls)
+        cells = [f"{gain:.1f} +- {gain_error:.1f}", f"{mean[0]:.0f} +- {error[0]:.0f}"]
+        cells += [f"{kl:.3f} +- {kl_error:.3f}", f"{mean[1]:.2f} +- {error[1]:.2f}"]
+        cells += [f"{np.median(rows[:, 2]):.2f}, {rows[:, 2].max():.2f}"]
         print(f"| {choice} | {' | '.join(cells)} |", flush=True)
 
 

@@ -13,10 +13,12 @@ ways have the radius of the checkpoint on average over the agents:
 - half: the batch's first half makes the step. It is kept if the surrogate rises on this half.
 - half, judged: the same step is kept if the surrogate rises on the other half of the batch.
 
-What is printed are means over the updates with their standard errors:
+What is printed are means over the updates with standard errors (of gain, difference and KL the jackknife's over the
+batches):
 
-- gain: the other batches' mean of A log(new / old) of the joint policy, in thousandths (the surrogate gain to first
-  order)
+- gain: the other batches' mean of A (log(new / old) + KL(old || new)) of the joint policy, in thousandths. It is the
+  surrogate gain to first order. The KL is that of the row's own distributions, so that the factor behind A has the mean
+  0 for every observation. Without the KL, A would count where it is small on average and the policy changes much.
 - beside the script's: the mean of its differences from the script's gain with the same batch
 - own gain: the mean of A (new / old - 1) on the batch that made the update, in thousandths
 - KL: the KL divergence of the joint policy, on the other batches
@@ -29,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from happo_heldout import log_probs, play
+from happo_heldout import distributions, judge, log_probs, mean_and_error, play
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -156,48 +158,36 @@ def main() -> None:
         obs, actions, advantages = play(env, start, critic, args)
         rows = torch.randperm(len(advantages))  # so that the halves of a batch are random
         batches.append(([o[rows] for o in obs], [a[rows] for a in actions], advantages[rows]))
-    before = [log_probs(start, batch) for batch in batches]
+    before = [distributions(start, batch) for batch in batches]
 
     print(f"{args.env_id}, seed {args.seed}, step {checkpoint['step']}, {num_batches} batches")
     script_gains = None
     print("| way | gain | beside the script's | own gain | KL | gain / sqrt(2 KL) | accepted |")
     print("|---|---|---|---|---|---|---|")
     for way in WAYS:
-        rows = []
+        own_gains = []
+        accepted_shares = []
+        gains = torch.zeros(num_batches, num_batches)
+        kls = torch.zeros(num_batches, num_batches)
         for k, batch in enumerate(batches):
             policy = copy.deepcopy(start)
             torch.manual_seed(k)
             joint_logratio, accepted = update(policy, copy.deepcopy(region), batch, way, args)
-            gains = []
-            kls = []
-            for j, other in enumerate(batches):
-                if j == k:
-                    continue
-                obs, actions, advantages = other
-                logratio = torch.zeros_like(advantages)
-                kl = 0.0
-                for i, new_actor in enumerate(policy.actors):
-                    with torch.no_grad():
-                        new_dist = new_actor(obs[i])
-                        kl += kl_divergence(start.actors[i](obs[i]), new_dist).mean()
-                        logratio += new_dist.log_prob(actions[i]) - before[j][i]
-                gains.append((logratio * advantages).mean())
-                kls.append(kl)
-            gain = 1000 * np.mean(gains)
-            kl = np.mean(kls)
-            own_gain = 1000 * ((joint_logratio.exp() - 1) * batch[2]).mean()
-            rows.append([gain, own_gain, kl, gain / (2 * kl + 1e-12) ** 0.5, accepted])
-        rows = torch.tensor(rows, dtype=torch.float64).numpy()
+            gains[k], kls[k] = judge(policy, batches, before, k)
+            own_gains.append(1000 * float(((joint_logratio.exp() - 1) * batch[2]).mean()))
+            accepted_shares.append(accepted)
+        gains *= 1000
         if script_gains is None:
-            script_gains = rows[:, 0]
-        differences = rows[:, 0] - script_gains
-        mean = rows.mean(0)
-        error = rows.std(0, ddof=1) / num_batches**0.5
-        cells = [f"{mean[0]:.2f} +- {error[0]:.2f}"]
-        cells += [f"{differences.mean():.2f} +- {differences.std(ddof=1) / num_batches**0.5:.2f}"]
-        cells += [f"{mean[1]:.1f} +- {error[1]:.1f}"]
-        cells += [f"{mean[2]:.4f} +- {error[2]:.4f}", f"{mean[3]:.1f} +- {error[3]:.1f}"]
-        cells += [f"{mean[4]:.2f}"]
+            script_gains = gains
+        gain, gain_error = mean_and_error(gains)
+        difference, difference_error = mean_and_error(gains - script_gains)
+        kl, kl_error = mean_and_error(kls)
+        own_error = np.std(own_gains, ddof=1) / num_batches**0.5
+        cells = [f"{gain:.2f} +- {gain_error:.2f}"]
+        cells += [f"{difference:.2f} +- {difference_error:.2f}"]
+        cells += [f"{np.mean(own_gains):.1f} +- {own_error:.1f}"]
+        cells += [f"{kl:.4f} +- {kl_error:.4f}", f"{gain / (2 * kl) ** 0.5:.1f}"]
+        cells += [f"{np.mean(accepted_shares):.2f}"]
         print(f"| {way} | {' | '.join(cells)} |", flush=True)
 
 
