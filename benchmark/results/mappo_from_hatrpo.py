@@ -19,7 +19,8 @@ import mappo_mamujoco as mappo
 
 run_dir, new_dir = map(Path, sys.argv[1:])
 checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-shared = mappo.Args.__dataclass_fields__.keys() & checkpoint["args"].keys() - {"num_minibatches"}
+shared = mappo.Args.__dataclass_fields__.keys() & checkpoint["args"].keys()
+shared.remove("num_minibatches")
 args = mappo.Args(**{name: checkpoint["args"][name] for name in shared})
 vec = envs.make_vec(args.env_id, args.num_envs, args.agent_obsk, 1)
 (obs_dim,) = vec.single_observation_space.shape
