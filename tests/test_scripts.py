@@ -367,16 +367,15 @@ def test_first_standard_deviation(
 
 @pytest.mark.parametrize("env_id", envs.ENV_IDS)
 def test_every_environment_of_the_papers(env_id: str, tmp_path: Path):
-    """Two iterations of HAPPO on each id, with partial observations: every agent's actor changes."""
+    """An iteration of HAPPO on each id, with partial observations: every agent's actor changes."""
     script = importlib.import_module("happo_mamujoco")
     sizes = {"env_id": env_id, "agent_obsk": 1, "num_envs": 2, "num_steps": 8}
-    before = train(script, tmp_path / "before", total_timesteps=16, **sizes)["policy"]
-    after = train(script, tmp_path / "after", total_timesteps=32, **sizes)["policy"]
+    policy = train(script, tmp_path / "run", total_timesteps=16, **sizes)["policy"]
     num_agents = envs.make_vec(env_id, 1).partition.num_agents
-    assert {name.split(".")[1] for name in after} == {str(i) for i in range(num_agents)}
-    for name in after:
+    assert {name.split(".")[1] for name in policy} == {str(i) for i in range(num_agents)}
+    for name in policy:
         if name.endswith("net.4.bias"):
-            assert not torch.equal(before[name], after[name]), name
+            assert policy[name].all(), name  # it is made of zeros
 
 
 # Hopper's observation has 11 entries, Walker2d's 17; a one-hot id of three or two comes on top. With

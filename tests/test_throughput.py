@@ -345,13 +345,13 @@ def test_environments(
 
 def test_against_itself(tmp_path: Path):
     """The command line, with this project as the other checkout: two processes that train."""
-    flags = "--parts scripts --algorithms mappo --against . --total-timesteps 4500 --repeats 1"
+    flags = "--parts scripts --algorithms mappo --against . --total-timesteps 2500 --repeats 1"
     command = [sys.executable, "benchmark/throughput.py", *flags.split(), "--num-threads", "1"]
     command += ["--csv", str(tmp_path / "speed.csv")]
     out = subprocess.check_output(command, text=True, cwd=ROOT)
     here, there = read_csv(tmp_path / "speed.csv")
     assert (here["subject"], there["subject"]) == ("mappo here", "mappo there")
-    assert here["steps"] == there["steps"] == "4000"  # of whole iterations
+    assert here["steps"] == there["steps"] == "2000"  # of whole iterations
     assert 0 < float(here["training_seconds"]) < float(here["seconds"])
     ratio = f"{float(there['seconds']) / float(here['seconds']):.2f}"
     assert cells(out.splitlines()[-1])[-1] == f"{ratio} [{ratio} to {ratio}]"

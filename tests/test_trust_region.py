@@ -601,7 +601,7 @@ def expected_step(actor, batch, gradient_sum, last_step, delta, args):
 def test_step_by_the_explicit_fisher_matrix(kind, cg_iters, ent_coef):
     """Gradient, damped natural gradient, length, line search, what is kept and what is logged."""
     backtracks = set()
-    for seed in range(12):
+    for seed in range(6):
         actor = make_actor(seed, kind)
         batch = make_batch(actor, seed)
         # The step does not depend on the size of the objective; relative to it conjugate gradient is exact.

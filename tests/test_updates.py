@@ -503,7 +503,7 @@ def test_entropy_bonus_is_a_mean_over_the_batch(script, batch):
 
 # The sizes of the parts of 20 rows: all but the last are equal.
 SPLITS = {1: [20], 3: [7, 7, 6], 4: [5] * 4, 7: [3] * 6 + [2], 30: [1] * 20}
-PASSES = 5
+PASSES = 3
 
 
 def assert_split_anew(batches, num_minibatches):

@@ -4,6 +4,7 @@ import csv
 import importlib
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import gymnasium
@@ -210,6 +211,7 @@ LEARN = [
 ]
 
 
+@cache
 def random_returns(module: str) -> np.ndarray:
     """Returns of a uniformly random policy in an example's environment, 200 episodes."""
     vec = importlib.import_module(module).make_vec("", 100)
@@ -230,7 +232,7 @@ def random_returns(module: str) -> np.ndarray:
         ("happo_spread", ["--total-timesteps", 12_000, "--learning-rate", 4e-3]),
         ("happo_discrete", ["--total-timesteps", 6_000, "--learning-rate", 4e-3]),
         ("mappo_discrete", ["--total-timesteps", 6_000, "--learning-rate", 4e-3]),
-        ("hatrpo_discrete", ["--total-timesteps", 10_000]),
+        ("hatrpo_discrete", ["--total-timesteps", 7_000]),
     ],
 )
 def test_an_example_learns(name: str, flags: list, here: Path):
