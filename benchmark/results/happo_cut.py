@@ -33,18 +33,23 @@ for task, a, b in zip(tasks, uncut, cut):
     print(f"{task}: without {a.mean():.0f} ({len(a)} runs), with the cut {b.mean():.0f} ({len(b)})")
 
 rng = np.random.default_rng(0)
-resampled = []
-permuted = []
+resampled = []  # each task's runs drawn again, with replacement
+permuted = []  # each task's runs dealt to the two sides at random, as if the cut did nothing
 for _ in range(10_000):
-    resampled.append(
-        probability([rng.choice(a, len(a)) for a in uncut], [rng.choice(b, len(b)) for b in cut])
-    )
-    mixed = [rng.permutation(np.concatenate([a, b])) for a, b in zip(uncut, cut)]
-    parts = [np.split(runs, [len(a)]) for runs, a in zip(mixed, uncut)]
-    permuted.append(probability([a for a, _ in parts], [b for _, b in parts]))
+    uncut_draw = [rng.choice(runs, len(runs)) for runs in uncut]
+    cut_draw = [rng.choice(runs, len(runs)) for runs in cut]
+    resampled.append(probability(uncut_draw, cut_draw))
+    uncut_dealt = []
+    cut_dealt = []
+    for a, b in zip(uncut, cut):
+        mixed = rng.permutation(np.concatenate([a, b]))
+        uncut_dealt.append(mixed[: len(a)])
+        cut_dealt.append(mixed[len(a) :])
+    permuted.append(probability(uncut_dealt, cut_dealt))
 measured = probability(uncut, cut)
 low, high = np.percentile(resampled, [2.5, 97.5])
-p = np.mean(np.abs(np.array(permuted) - 0.5) >= abs(measured - 0.5) - 1e-12)
+as_far_from_half = np.abs(np.array(permuted) - 0.5) >= abs(measured - 0.5) - 1e-12
+p = as_far_from_half.mean()
 print(
     f"the cut is above with probability {measured:.2f} (95% interval {low:.2f} to {high:.2f}), p = {p:.2f}"
 )
