@@ -99,7 +99,7 @@ class Args:
     clip_coef: Fraction = 0.1
     """epsilon of the clipped objective"""
     keep_mean: bool = False
-    """M keeps its mean over the batch; otherwise the mean is taken away"""
+    """M keeps its mean over the batch, as in the paper; otherwise the mean is subtracted"""
     ent_coef: Fraction = 0.0
     """coefficient of the entropy bonus"""
     max_grad_norm: PositiveFloat = 10.0
@@ -226,7 +226,7 @@ def happo_update(
     and the joint KL. `optimizer` has the parameters of all actors.
     """
     num_agents = len(actors)
-    with torch.no_grad():  # before any update: one of shared parameters changes every agent
+    with torch.no_grad():  # before any update: with shared parameters it changes every agent
         logprobs = [actors[i](obs[i]).log_prob(actions[i]) for i in range(num_agents)]
     log = {}
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()
@@ -246,12 +246,12 @@ def happo_update(
             _, logratio, stats = ppo_loss(actors[i], obs[i], actions[i], logprobs[i], M, args)
         for name, value in stats.items():
             log[f"agent_{i}/{name}"] = value
-        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the
-        # later agents see what these changed. A itself is not recomputed.
+        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: so
+        # the next agent's objective includes the earlier changes. A itself is not recomputed.
         joint_logratio += logratio
         M = joint_logratio.exp() * advantages
         # Not in the paper (--keep-mean): the earlier agents were fitted to this batch, so that the
-        # mean of M is above 0, and any way to make all the batch's actions more probable would pay.
+        # mean of M is above 0, and making all the batch's actions more probable would pay.
         if not args.keep_mean:
             M = M - M.mean()
     log["losses/M_std"] = M.std()
@@ -262,7 +262,7 @@ def happo_update(
 def critic_update(
     critic: nn.Module, optimizer: Adam, obs: Tensor, returns: Tensor, args: Args
 ) -> Tensor:
-    """Fit V(s) to the returns [B] by least squares on `obs` [B, obs_dim]; return the loss after it."""
+    """Fit V(s) on `obs` [B, obs_dim] to `returns` [B] by least squares; return the final loss."""
     for _ in range(args.critic_epochs):
         for mb in torch.randperm(len(returns)).chunk(args.num_minibatches):
             loss = 0.5 * mse_loss(critic(obs[mb]).squeeze(-1), returns[mb])

@@ -95,9 +95,9 @@ class Args:
     num_minibatches: PositiveInt = 4
     """minibatches per pass"""
     target_kl: Rate = 0.0012
-    """delta, the radius of each agent's step, at its smallest: mean KL divergence in nats"""
+    """smallest delta; delta bounds the mean KL divergence of each agent's step, in nats"""
     max_growth: Annotated[float, Field(ge=1)] = 1.6
-    """delta grows up to this many times target_kl while the steps go uphill; 1: it stays"""
+    """delta grows up to this many times target_kl while the steps go uphill; 1: delta is fixed"""
     momentum: Fraction = 0.8
     """decay per iteration of an agent's sum of gradients; 0: this batch's gradient alone"""
     max_ratio: PositiveFloat = 2.0
@@ -198,7 +198,7 @@ def approx_kl(logratio: Tensor) -> Tensor:
 
 
 def flat_gradient(output: Tensor, actor: nn.Module, create_graph: bool = False) -> Tensor:
-    """The gradient [P] of a scalar in all the actor's parameters, used or not; keeps the graph."""
+    """The gradient [P] of a scalar with respect to all the actor's parameters; keeps the graph."""
     inputs = list(actor.parameters())
     gradients = torch.autograd.grad(
         output, inputs, retain_graph=True, create_graph=create_graph, materialize_grads=True
@@ -209,10 +209,10 @@ def flat_gradient(output: Tensor, actor: nn.Module, create_graph: bool = False) 
 def fisher_vector_product(actor: nn.Module, obs: Tensor) -> Callable[[Tensor], Tensor]:
     """The map v -> Hv, with H the Hessian [P, P] of the mean KL(pi_old || pi) at pi = pi_old.
 
-    H itself is never made: Hv is a derivative of v times the KL's gradient in pi. That gradient is 0
-    wherever pi = pi_old, so its derivatives in pi and in pi_old add up to 0 there, and the second is
-    cheaper (docs/hatrpo.md has the steps). The actor must be deterministic, without dropout, and all
-    its parameters must require gradients.
+    H itself is never made. Let G be the gradient of the KL with respect to pi. G is 0 wherever
+    pi = pi_old, so there its derivative with respect to pi, which is H, is minus that with respect
+    to pi_old, which is cheaper (docs/hatrpo.md has the steps). `actor.forward` must be repeatable,
+    without dropout, and all its parameters must require gradients.
     """
     new_actor = copy.deepcopy(actor)
     kl = kl_divergence(actor(obs), new_actor(obs)).mean()
@@ -254,7 +254,7 @@ class TrustRegion(nn.Module):
     """What outlasts an iteration: the radius, each agent's sum of gradients [P] and last step [P]."""
 
     def __init__(self, actors: Sequence[nn.Module], args: Args) -> None:
-        """Start with the smallest radius, and nothing before it."""
+        """Start with the smallest radius; the sums and the last steps are 0."""
         super().__init__()
         self.delta = nn.Parameter(torch.tensor(args.target_kl))
         self.gradient_sums = nn.ParameterList()
@@ -356,7 +356,7 @@ def hatrpo_update(
     and the joint KL; and the radius. `region` is brought up to date.
     """
     num_agents = len(actors)
-    with torch.no_grad():  # before any update: one of shared parameters changes every agent
+    with torch.no_grad():  # before any update: with shared parameters it changes every agent
         logprobs = [actors[i](obs[i]).log_prob(actions[i]) for i in range(num_agents)]
     log = {}
     order = range(num_agents) if args.fixed_order else torch.randperm(num_agents).tolist()
@@ -370,13 +370,13 @@ def hatrpo_update(
         for name, value in stats.items():
             log[f"agent_{i}/{name}"] = value
         slope += stats["slope"]
-        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: the
-        # later agents see what these changed. A itself is not recomputed.
+        # M^{i_{m+1}} is A times the product of pi_new^i(a|o) / pi_old^i(a|o) over i = i_1..i_m: so
+        # the next agent's objective includes the earlier changes. A itself is not recomputed.
         joint_logratio += logratio
         # Not in the paper (--max-ratio inf): on a few rows the product of many ratios explodes.
         M = joint_logratio.exp().clamp(max=args.max_ratio) * advantages
-    # Not in the paper (--max-growth 1): the radius grows if the agents' last steps go uphill on this
-    # batch, which they were not made from: in the long run, if two of three iterations say so.
+    # Not in the paper (--max-growth 1): the radius grows if the agents' last steps, made from earlier
+    # data, go uphill on this batch; in the long run, if they do in two of three iterations.
     region.delta *= 1.02 if slope > 0 else 1 / 1.04
     log["losses/M_std"] = M.std()
     log["losses/joint_kl"] = approx_kl(joint_logratio)
@@ -386,7 +386,7 @@ def hatrpo_update(
 def critic_update(
     critic: nn.Module, optimizer: Adam, obs: Tensor, returns: Tensor, args: Args
 ) -> Tensor:
-    """Fit V(s) to the returns [B] by least squares on `obs` [B, obs_dim]; return the loss after it."""
+    """Fit V(s) on `obs` [B, obs_dim] to `returns` [B] by least squares; return the final loss."""
     for _ in range(args.critic_epochs):
         for mb in torch.randperm(len(returns)).chunk(args.num_minibatches):
             loss = 0.5 * mse_loss(critic(obs[mb]).squeeze(-1), returns[mb])

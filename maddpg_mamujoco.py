@@ -99,7 +99,7 @@ class Args:
     gamma: Fraction = 0.99
     """discount factor"""
     tau: Fraction = 0.005
-    """how far the target networks move to the networks after an update (Polyak averaging)"""
+    """fraction of the way that the target networks move to the networks per update"""
     exploration_noise: Fraction = 0.1
     """standard deviation of the noise on the actions, which go from -1 to 1"""
     hidden_sizes: tuple[PositiveInt, ...] = (128, 128)

@@ -221,7 +221,7 @@ def mappo_update(
     the whole batch: each agent's statistics. `optimizer` has the parameters of all actors.
     """
     num_agents = len(actors)
-    with torch.no_grad():  # before any update: one of shared parameters changes every agent
+    with torch.no_grad():  # before any update: with shared parameters it changes every agent
         logprobs = [actors[i](obs[i]).log_prob(actions[i]) for i in range(num_agents)]
     log = {}
     M = advantages
@@ -247,7 +247,7 @@ def mappo_update(
 def critic_update(
     critic: nn.Module, optimizer: Adam, obs: Tensor, returns: Tensor, args: Args
 ) -> Tensor:
-    """Fit V(s) to the returns [B] by least squares on `obs` [B, obs_dim]; return the loss after it."""
+    """Fit V(s) on `obs` [B, obs_dim] to `returns` [B] by least squares; return the final loss."""
     for _ in range(args.critic_epochs):
         for mb in torch.randperm(len(returns)).chunk(args.num_minibatches):
             loss = 0.5 * mse_loss(critic(obs[mb]).squeeze(-1), returns[mb])

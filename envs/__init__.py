@@ -57,8 +57,7 @@ SEGMENTED: dict[str, tuple[type[MujocoEnv], Callable[[int], mujoco.MjModel]]] = 
     "ManySegmentAnt": (models.ManySegmentAntEnv, models.many_segment_ant),
 }
 
-# MuJoCo cannot compile 2,000. From 100 on, random actions make the simulation diverge in a quarter of the swimmer's
-# steps.
+# MuJoCo cannot compile 2,000. From 60 on, random actions make the swimmer's simulation diverge now and then.
 MAX_SEGMENTS = 1000
 # More would only exhaust the memory.
 MAX_ENVS = 100_000
