@@ -214,7 +214,7 @@ def ippo_update(
     advantages: Sequence[Tensor],
     args: Args,
 ) -> dict[str, Tensor]:
-    """Update all the actors at the same time, each on its own clipped objective with M = A^i.
+    """Update all the actors at the same time, each on its own clipped objective.
 
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
     `actions` [B, act_dim_i]. `advantages` [B] are A^i, normalised. Returns what is logged, on

@@ -214,7 +214,7 @@ def mappo_update(
     advantages: Tensor,
     args: Args,
 ) -> dict[str, Tensor]:
-    """Update all the actors at the same time, each on its own clipped objective with M = A.
+    """Update all the actors at the same time, each on its own clipped objective.
 
     Per agent: `actors`, with the parameters that collected the batch, `obs` [B, obs_dim_i] and
     `actions` [B, act_dim_i]. `advantages` [B] are A(s, a), normalised. Returns what is logged, on

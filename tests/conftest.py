@@ -32,7 +32,7 @@ SIBLINGS = {
     "mappo": Sibling(4400, PPO_TAGS),
     "happo": Sibling(4400, PPO_TAGS, "mappo", 47),
     "hatrpo": Sibling(5000, TRPO_TAGS, "happo", 233),
-    "ippo": Sibling(4400, PPO_TAGS, "mappo", 57),
+    "ippo": Sibling(4400, PPO_TAGS, "mappo", 55),
     "maddpg": Sibling(4400, {"policy_loss"}),
 }
 ON_POLICY = [name.removesuffix("_mamujoco") for name in SCRIPTS if name != "maddpg_mamujoco"]
